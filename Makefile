@@ -1,0 +1,64 @@
+# Each target makes what it needs. `make` alone lists them.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+SRC ?= examples
+OUT ?= out
+FACES ?= detect
+MODEL ?= model_store/agegender.pt
+DATA ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup batch train evaluate test test-slow check format lock clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
+		while IFS="$$(printf '\t')" read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
+
+setup: $(READY) ## Install the locked packages into .venv (other targets do it when needed)
+
+$(READY): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "agegender needs Python 3.10 or newer; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+batch: $(READY) ## Score a directory of images into Parquet: SRC=DIR OUT=DIR FACES=detect|whole MODEL=FILE
+	@$(BIN)/python -m batch $(if $(filter examples,$(SRC)),--samples,) "$(SRC)" "$(OUT)" --faces $(FACES) --model "$(MODEL)" $(ARGS)
+
+train: $(READY) ## Train on a folder of labelled faces: DATA=DIR ARGS="--epochs 20 ..."
+	@test -n "$(DATA)" || { echo 'make train: say where the labelled faces are: make train DATA=DIR' >&2; exit 2; }
+	@$(BIN)/python -m training --data-dir "$(DATA)" $(ARGS)
+
+evaluate: $(READY) ## Measure a model on labelled faces: DATA=DIR MODEL=FILE
+	@test -n "$(DATA)" || { echo 'make evaluate: say where the labelled faces are: make evaluate DATA=DIR' >&2; exit 2; }
+	@$(BIN)/python -m training.evaluate --data-dir "$(DATA)" --model "$(MODEL)" $(ARGS)
+
+test: $(READY) ## Run the tests (under ten minutes on two cores)
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(READY) ## Run the chaos, soak and long fuzz tests
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(READY) ## Lint, check formatting and types, as the pre-commit hook does
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## Fix formatting and what the linter can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock: $(READY) ## Write requirements.txt anew from pyproject.toml
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --all-extras --group dev \
+		--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock" \
+		pyproject.toml --output-file requirements.txt
+
+clean: ## Remove the environment, caches and outputs
+	rm -rf $(VENV) out examples runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,107 @@
+"""`python -m agegender PHOTO...`: a table for people, JSON for programs, annotated copies for the eye."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from agegender import AgeGenderError, ImageResult, Item, Predictor, decode_image
+from agegender.draw import annotate
+from agegender.model import DEFAULT_MODEL
+from agegender.records import to_json
+
+_COLUMNS = "{:<32} {:>4} {:>8} {:>9}  {:<7} {:>5} {:>6}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 when every photo was looked at, 1 when one was not, 2 for a wrong call."""
+    options = _parser().parse_args(arguments)
+    try:
+        if options.draw:
+            options.draw.mkdir(parents=True, exist_ok=True)
+        predictor = Predictor(
+            options.model,
+            faces=options.faces,
+            min_score=options.min_score,
+            max_faces=options.max_faces,
+            device=options.device,
+        )
+    except (AgeGenderError, ValueError, OSError) as error:
+        print(f"agegender: {error}", file=sys.stderr)
+        return 2
+    try:
+        return _run(predictor, options)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m agegender",
+        description="Tells perceived age and gender of the faces in photographs.",
+        epilog="Exit code: 0 all photos were looked at, 1 some could not be, 2 wrong call.",
+    )
+    parser.add_argument("photos", nargs="+", metavar="PHOTO", help="JPEG, PNG, WebP, BMP, TIFF or GIF file")
+    parser.add_argument("--json", action="store_true", help="one JSON object per photo and line, instead of a table")
+    parser.add_argument("--draw", type=Path, metavar="DIR", help="write annotated copies there, as PNG")
+    parser.add_argument("--faces", choices=("detect", "whole"), default="detect", help="whole: each photo is one face")
+    parser.add_argument("--min-score", type=float, default=0.6, help="least detector score, 0 to 1 (default 0.6)")
+    parser.add_argument("--max-faces", type=int, default=100, help="most faces per photo (default 100)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"the artifact (default {DEFAULT_MODEL})")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    return parser
+
+
+def _run(predictor: Predictor, options: argparse.Namespace) -> int:
+    exit_code = 0
+    if not options.json:
+        print(_COLUMNS.format("photo", "face", "age", "90% from", "gender", "prob", "score"))
+    for path, result in _results(predictor, options.photos):
+        if result.failed:
+            exit_code = 1
+            print(f"agegender: {path}: {result.error}", file=sys.stderr)
+        _show(result, as_json=options.json)
+        if options.draw and result.faces:
+            _draw(Path(path), result, options.draw)
+    return exit_code
+
+
+def _results(predictor: Predictor, paths: Sequence[str]) -> Iterator[tuple[str, ImageResult]]:
+    """Photo by photo, so that the first line appears at once."""
+    for path in paths:
+        try:
+            item = Item(Path(path).read_bytes(), path)
+        except OSError as error:
+            yield path, ImageResult.from_error(path, error)
+        else:
+            yield path, predictor.predict([item])[0]
+
+
+def _show(result: ImageResult, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(to_json(result)), flush=True)
+        return
+    name = result.path if len(result.path) <= 32 else "..." + result.path[-29:]
+    if not result.faces and not result.failed:
+        print(_COLUMNS.format(name, "-", "no face", "", "", "", ""), flush=True)
+    for face in result.faces:
+        interval = f"{face.age_low:.0f}-{face.age_high:.0f}"
+        score = "" if face.score is None else f"{face.score:.2f}"
+        row = (name, face.index, f"{face.age:.1f}", interval, face.gender, f"{face.gender_probability:.0%}", score)
+        print(_COLUMNS.format(*row), flush=True)
+
+
+def _draw(path: Path, result: ImageResult, folder: Path) -> None:
+    target = folder / f"{path.stem}.png"
+    if target.resolve() == path.resolve():
+        raise SystemExit(f"agegender: {target} is the photo itself; give --draw another directory")
+    annotate(decode_image(path.read_bytes()), result).save(target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""What can go wrong along the chain, as one tree.
+
+    AgeGenderError
+    ├── ImageDecodeError          damaged, truncated or unsupported image
+    │   └── NotAnImageError       no supported image format at all
+    ├── ImageTooLargeError        more pixels than allowed, refused before decoding
+    └── ModelLoadError            the artifact is missing, foreign or of another format version
+
+Every error is one sentence that says what was wrong, fit to be shown to whoever sent the input.
+"""
+
+from typing import ClassVar
+
+__all__ = [
+    "AgeGenderError",
+    "ImageDecodeError",
+    "ImageTooLargeError",
+    "ModelLoadError",
+    "NotAnImageError",
+]
+
+
+class AgeGenderError(Exception):
+    """Base of all errors that the package raises on purpose.
+
+    Attributes:
+        status: what a record of the failed input says in its `status` field.
+    """
+
+    status: ClassVar[str] = "failed"
+
+
+class ImageDecodeError(AgeGenderError):
+    """The bytes claim to be an image but cannot be decoded."""
+
+    status = "unreadable"
+
+
+class NotAnImageError(ImageDecodeError):
+    """The bytes are of no supported image format."""
+
+    status = "not_image"
+
+
+class ImageTooLargeError(AgeGenderError):
+    """The header announces more pixels than the caller allows.
+
+    Attributes:
+        width: announced width of the upright image, in pixels.
+        height: announced height of the upright image, in pixels.
+    """
+
+    status = "too_large"
+
+    def __init__(self, message: str, *, width: int, height: int) -> None:
+        super().__init__(message)
+        self.width = width
+        self.height = height
+
+
+class ModelLoadError(AgeGenderError):
+    """The artifact cannot be loaded or is not one that this version understands."""

@@ -1,0 +1,172 @@
+"""chips -> predictions: the TorchScript artifact and the description that travels inside it.
+
+Every call of torch.jit outside `training.export` is in this file, so that torch.export can take its place in one edit.
+"""
+
+import hashlib
+import json
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from agegender.errors import ModelLoadError
+from agegender.image import Pixels
+
+__all__ = ["DEFAULT_MODEL", "FORMAT_VERSION", "SPEC_FILE", "Model", "ModelSpec", "Predictions"]
+
+DEFAULT_MODEL: Final = Path("model_store/agegender.pt")
+FORMAT_VERSION: Final = 1
+SPEC_FILE: Final = "spec.json"
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What an artifact says of itself.
+
+    Attributes:
+        format_version: version of the artifact's interface; this package reads `FORMAT_VERSION`.
+        name: name of the model.
+        version: version of the weights.
+        chip_size_px: side of the chips that it takes.
+        chip_margin: margin that its chips were cut with, see `cut_chip`.
+        labels: names of the two gender classes, in the order of the logits.
+        coverage: nominal coverage of the age interval, 0 to 1.
+        backbone: name of the network.
+        training_data: name of the data that it was trained on.
+        licence: licence of the weights, as the data allow.
+        metrics: figures on the test split, by name.
+        commit: commit of the code that made it.
+        options: resolved options of the training run.
+    """
+
+    format_version: int
+    name: str
+    version: str
+    chip_size_px: int
+    chip_margin: float
+    labels: tuple[str, str]
+    coverage: float
+    backbone: str
+    training_data: str
+    licence: str
+    metrics: dict[str, float] = field(default_factory=dict)
+    commit: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The text of `SPEC_FILE`."""
+        return json.dumps(asdict(self), indent=1, default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelSpec":
+        """Reads `SPEC_FILE`.
+
+        Raises:
+            ModelLoadError: not a description, or one of another format version.
+        """
+        try:
+            values = json.loads(text)
+            version = values.get("format_version")
+            if version != FORMAT_VERSION:
+                raise ModelLoadError(
+                    f"the model has format version {version}, this package reads {FORMAT_VERSION}; "
+                    "retrain it with `make train` or install the matching version of agegender"
+                )
+            known = {each.name for each in fields(cls)}
+            spec = cls(**{name: value for name, value in values.items() if name in known})
+            first, second = spec.labels
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ModelLoadError(f"the model's {SPEC_FILE} is damaged: {error}") from error
+        return cls(**{**{each.name: getattr(spec, each.name) for each in fields(cls)}, "labels": (first, second)})
+
+
+class Predictions(NamedTuple):
+    """Predictions for N chips.
+
+    Attributes:
+        age: (N,) float32, years.
+        age_low: (N,) float32, years; lower end of the calibrated interval.
+        age_high: (N,) float32, years; upper end.
+        gender_probs: (N, 2) float32, calibrated, in the order of the spec's labels.
+    """
+
+    age: Floats
+    age_low: Floats
+    age_high: Floats
+    gender_probs: Floats
+
+
+class Model:
+    """A loaded artifact. Safe to share between threads."""
+
+    def __init__(self, path: str | Path = DEFAULT_MODEL, *, device: str = "auto") -> None:
+        """Loads the artifact and checks that it is one.
+
+        Args:
+            path: the TorchScript file.
+            device: cpu, cuda, cuda:N, or auto for CUDA where there is one.
+
+        Raises:
+            ModelLoadError: missing, not TorchScript, without description, of another format, or no such device.
+        """
+        self.path = Path(path)
+        self.device = _device(device)
+        self.sha256 = _sha256(self.path)
+        self.spec, self._module = _load(self.path, self.device)
+        self.predict(np.zeros((1, self.spec.chip_size_px, self.spec.chip_size_px, 3), np.uint8))
+
+    def predict(self, chips: Pixels) -> Predictions:
+        """Runs the network.
+
+        Args:
+            chips: (N, S, S, 3) uint8 RGB with S = `spec.chip_size_px`; N may be 0.
+        """
+        if len(chips) == 0:
+            nothing = np.empty(0, np.float32)
+            return Predictions(nothing, nothing, nothing, np.empty((0, 2), np.float32))
+        batch = torch.from_numpy(np.ascontiguousarray(chips)).permute(0, 3, 1, 2)  # channels_last without a copy
+        with torch.inference_mode():
+            output = self._module(batch.to(self.device))
+            probs = output.gender_logits.softmax(dim=1)
+            values = [each.cpu().numpy() for each in (output.age, output.age_low, output.age_high, probs)]
+        return Predictions(*values)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ModelLoadError(f"unknown device {name}; take auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadError(f"device {name} was asked for, but torch finds no CUDA device; take cpu")
+    return device
+
+
+def _sha256(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelLoadError(f"cannot read the model {path}: {error.strerror}; train one with `make train`") from error
+
+
+def _load(path: Path, device: torch.device) -> tuple[ModelSpec, Any]:
+    extra = {SPEC_FILE: ""}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and still runs it
+            module = torch.jit.load(str(path), map_location=device, _extra_files=extra)
+            if not extra[SPEC_FILE]:
+                raise ModelLoadError(f"{path} holds no {SPEC_FILE}: it was not made by `make train`")
+            spec = ModelSpec.from_json(extra[SPEC_FILE])
+            return spec, torch.jit.freeze(module.eval())
+    except RuntimeError as error:
+        raise ModelLoadError(f"{path} is not a TorchScript file that this torch can load") from error

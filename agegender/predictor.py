@@ -1,0 +1,148 @@
+"""The whole chain: items in, results out, one for each and in order."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal
+
+import cv2
+import numpy as np
+import torch
+
+from agegender.chips import cut_chip
+from agegender.detector import DETECTOR_SIDE_PX, Face, FaceDetector
+from agegender.errors import AgeGenderError
+from agegender.image import DEFAULT_MAX_PIXELS, Pixels, read_header
+from agegender.model import DEFAULT_MODEL, Model
+from agegender.result import Box, FacePrediction, ImageResult, Item
+
+__all__ = ["FacesMode", "Predictor"]
+
+FacesMode = Literal["detect", "whole"]
+
+# A reduced JPEG keeps twice the detector's resolution, so that a face of the smallest size that fills a chip sharply
+# still does.
+_DECODE_SIDE_PX: Final = 2 * DETECTOR_SIDE_PX
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """An item that has been decoded, looked at and cut; its faces wait for their predictions."""
+
+    result: ImageResult
+    boxes: tuple[Box, ...] = ()
+    scores: tuple[float | None, ...] = ()
+    chips: tuple[Pixels, ...] = ()
+
+
+class Predictor:
+    """Loads detector and model once, then turns encoded images into results. Safe to share between threads."""
+
+    def __init__(
+        self,
+        model: str | Path | Model = DEFAULT_MODEL,
+        *,
+        faces: FacesMode = "detect",
+        min_score: float = 0.6,
+        max_faces: int = 100,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        batch_size: int = 32,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        """Loads the model.
+
+        Args:
+            model: the artifact's path, or a loaded model.
+            faces: `detect` finds the faces of each image; `whole` takes each image as one face, for directories that
+                are already cut.
+            min_score: faces that the detector scores below this are dropped, 0 to 1.
+            max_faces: at most this many faces per image, the largest first.
+            max_pixels: an image that announces more is refused before it is decoded.
+            batch_size: at most about this many chips go through the network at once.
+            device: where the network runs: auto, cpu, cuda or cuda:N.
+            threads: bounds the threads of torch and OpenCV, for this whole process; None leaves them as they are.
+
+        Raises:
+            ModelLoadError: the artifact or the detector's weights cannot be used.
+            ValueError: an option is out of its range.
+        """
+        if faces not in ("detect", "whole"):
+            raise ValueError(f"faces must be detect or whole, not {faces!r}")
+        if max_pixels < 1 or batch_size < 1:
+            raise ValueError("max_pixels and batch_size must be at least 1")
+        if threads is not None:
+            torch.set_num_threads(threads)
+            cv2.setNumThreads(threads)
+        self.model = model if isinstance(model, Model) else Model(model, device=device)
+        self.faces = faces
+        self.max_pixels = max_pixels
+        self.batch_size = batch_size
+        self._detector = FaceDetector(min_score=min_score, max_faces=max_faces) if faces == "detect" else None
+
+    def predict(self, items: Iterable[Item | bytes]) -> list[ImageResult]:
+        """Predicts every face of every item; an item that fails carries its error, the others their faces.
+
+        Args:
+            items: encoded images; bare bytes are an item without a path.
+
+        Returns:
+            One result per item, in order.
+        """
+        return list(self.stream(items))
+
+    def stream(self, items: Iterable[Item | bytes]) -> Iterator[ImageResult]:
+        """Like `predict`, but yields results as batches of chips fill, with bounded memory."""
+        pending: list[_Cut] = []
+        waiting = 0
+        for item in items:
+            pending.append(self._cut(item if isinstance(item, Item) else Item(item)))
+            waiting += len(pending[-1].chips)
+            if waiting >= self.batch_size or len(pending) >= 4 * self.batch_size:
+                yield from self._predict(pending)
+                pending, waiting = [], 0
+        yield from self._predict(pending)
+
+    def _cut(self, item: Item) -> _Cut:
+        """data -> image -> faces -> chips."""
+        try:
+            encoded = read_header(item.data, max_pixels=self.max_pixels)
+            pixels = encoded.decode(min_side_px=_DECODE_SIDE_PX)
+            faces = self._faces(pixels)
+            spec = self.model.spec
+            chips = tuple(cut_chip(pixels, face, spec.chip_size_px, margin=spec.chip_margin) for face in faces)
+        except Exception as error:  # whatever one item does, the others get their results
+            if not isinstance(error, AgeGenderError):
+                _log.exception("unexpected failure on %r", item.path)
+            return _Cut(ImageResult.from_error(item.path, error))
+        width, height = encoded.width, encoded.height
+        result = ImageResult(item.path, "ok" if faces else "no_face", None, width, height)
+        back = (width / pixels.shape[1], height / pixels.shape[0])
+        boxes = tuple(face.scaled(*back).box if face else (0.0, 0.0, float(width), float(height)) for face in faces)
+        return _Cut(result, boxes, tuple(face.score if face else None for face in faces), chips)
+
+    def _faces(self, pixels: Pixels) -> Sequence[Face | None]:
+        """The faces of an image; None stands for the whole image."""
+        return self._detector.detect(pixels) if self._detector else (None,)
+
+    def _predict(self, pending: Sequence[_Cut]) -> Iterator[ImageResult]:
+        """chips -> predictions, the faces of many images together."""
+        chips = [chip for cut in pending for chip in cut.chips]
+        faces = iter([face for start in range(0, len(chips), self.batch_size) for face in self._batch(chips, start)])
+        for cut in pending:
+            predictions = tuple(
+                FacePrediction(index, box, score, *next(faces))
+                for index, (box, score) in enumerate(zip(cut.boxes, cut.scores, strict=True))
+            )
+            yield replace(cut.result, faces=predictions)
+
+    def _batch(self, chips: Sequence[Pixels], start: int) -> Iterator[tuple[float, float, float, str, float]]:
+        """Age, interval, gender and its probability of one batch of chips."""
+        output = self.model.predict(np.stack(chips[start : start + self.batch_size]))
+        classes = output.gender_probs.argmax(axis=1)
+        for row, best in enumerate(classes):
+            age, low, high = (float(column[row]) for column in (output.age, output.age_low, output.age_high))
+            yield age, low, high, self.model.spec.labels[best], float(output.gender_probs[row, best])

@@ -1,0 +1,1 @@
+"""Labelled folders -> chips -> network -> calibrated TorchScript artifact and its report."""

@@ -1,0 +1,25 @@
+"""`python -m training --data-dir FOLDER`: the command line of `train`."""
+
+import sys
+
+import tyro
+
+from training.options import TrainOptions
+from training.run import run
+
+
+def main() -> int:
+    """Returns the process's exit code."""
+    try:
+        run(tyro.cli(TrainOptions, prog="python -m training"))
+    except (ValueError, OSError) as error:
+        print(f"training: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("training: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

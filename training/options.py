@@ -1,0 +1,90 @@
+"""The options of a training run, which are also its command line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+__all__ = ["AgeLoss", "TrainOptions"]
+
+AgeLoss = Literal["distribution", "l1", "mse"]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train one shared backbone with an age head and a gender head, and export the artifact."""
+
+    data_dir: Path
+    """Folder of labelled faces, named age_gender_race_date.jpg as in UTKFace."""
+    out_dir: Path = Path("runs/latest")
+    """Checkpoints, logs, resolved options, metrics and the artifact go here."""
+    cache_dir: Path = Path("runs/cache")
+    """Cut chips are kept here between runs."""
+
+    backbone: str = "efficientnet_lite0"
+    """efficientnet_lite0, resnet18, resnet34, resnet50, or any timm name."""
+    pretrained: bool = True
+    """Start from ImageNet weights: the packaged ones for efficientnet_lite0, else timm's from their hub."""
+    size: int = 128
+    """Side of the chip that the exported network sees, in pixels."""
+    progressive: bool = True
+    """Train the first third of the epochs at 3/4 of `size` and the next at 7/8: faster, and no worse."""
+
+    epochs: int = 20
+    """Passes over the training split."""
+    batch_size: int = 64
+    """Chips per optimizer step."""
+    lr: float = 1.2e-3
+    """Peak learning rate of the one-cycle schedule."""
+    weight_decay: float = 0.02
+    """AdamW's decay, on weight matrices only."""
+    dropout: float = 0.2
+    """Dropout before the heads."""
+    drop_path: float = 0.1
+    """Stochastic depth in the backbone."""
+    ema_decay: float = 0.998
+    """Decay per step of the averaged weights, which are the ones evaluated and exported."""
+
+    age_loss: AgeLoss = "distribution"
+    """Label distribution learning, or plain L1 or squared error of the expected age."""
+    gender_loss_weight: float = 0.7
+    """Weight of the gender cross-entropy beside the age loss."""
+
+    max_samples: int | None = None
+    """Use at most this many pictures, chosen by the seed."""
+    balanced_by_gender: bool = False
+    """Train on equally many pictures of both genders."""
+    max_per_gender: int | None = None
+    """With balanced_by_gender: at most this many pictures of each."""
+    val_frac: float = 0.1
+    """Share of the pictures for choosing the epoch and calibrating."""
+    test_frac: float = 0.1
+    """Share of the pictures for the reported figures."""
+
+    seed: int = 0
+    """Seed of split, initial weights and augmentation."""
+    num_workers: int = 1
+    """Processes that augment chips while the network trains."""
+    threads: int | None = None
+    """Threads of the network on a CPU; all cores by default."""
+    amp: bool = False
+    """Mixed precision in bfloat16."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    resume: bool = True
+    """Go on from the last checkpoint in out_dir, if there is one."""
+    patience: int | None = None
+    """Stop when validation has not improved for this many epochs."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "lr", "size"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        if self.size % 32:
+            raise ValueError(f"size must be a multiple of 32, not {self.size}")
+
+    def train_size(self, epoch: int) -> int:
+        """Side in pixels of the chips trained on in an epoch (progressive resizing, EfficientNetV2, Tan & Le 2021)."""
+        if not self.progressive:
+            return self.size
+        share = epoch / self.epochs
+        return self.size * (6 if share < 1 / 3 else 7 if share < 0.75 else 8) // 8
