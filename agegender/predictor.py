@@ -1,7 +1,9 @@
 """The whole chain: items in, results out, one for each and in order."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -52,6 +54,8 @@ class Predictor:
         batch_size: int = 32,
         device: str = "auto",
         threads: int | None = None,
+        detector_weights: bytes | None = None,
+        on_stage: Callable[[str, float], None] | None = None,
     ) -> None:
         """Loads the model.
 
@@ -65,6 +69,8 @@ class Predictor:
             batch_size: at most about this many chips go through the network at once.
             device: where the network runs: auto, cpu, cuda or cuda:N.
             threads: bounds the threads of torch and OpenCV, for this whole process; None leaves them as they are.
+            detector_weights: see `FaceDetector`.
+            on_stage: called with `decode`, `detect` or `predict` and its duration in seconds, whenever one has run.
 
         Raises:
             ModelLoadError: the artifact or the detector's weights cannot be used.
@@ -81,7 +87,12 @@ class Predictor:
         self.faces = faces
         self.max_pixels = max_pixels
         self.batch_size = batch_size
-        self._detector = FaceDetector(min_score=min_score, max_faces=max_faces) if faces == "detect" else None
+        self._on_stage = on_stage
+        self._detector = (
+            FaceDetector(min_score=min_score, max_faces=max_faces, weights=detector_weights)
+            if faces == "detect"
+            else None
+        )
 
     def predict(self, items: Iterable[Item | bytes]) -> list[ImageResult]:
         """Predicts every face of every item; an item that fails carries its error, the others their faces.
@@ -109,9 +120,11 @@ class Predictor:
     def _cut(self, item: Item) -> _Cut:
         """data -> image -> faces -> chips."""
         try:
-            encoded = read_header(item.data, max_pixels=self.max_pixels)
-            pixels = encoded.decode(min_side_px=_DECODE_SIDE_PX)
-            faces = self._faces(pixels)
+            with self._timed("decode"):
+                encoded = read_header(item.data, max_pixels=self.max_pixels)
+                pixels = encoded.decode(min_side_px=_DECODE_SIDE_PX)
+            with self._timed("detect"):
+                faces = self._faces(pixels)
             spec = self.model.spec
             chips = tuple(cut_chip(pixels, face, spec.chip_size_px, margin=spec.chip_margin) for face in faces)
         except Exception as error:  # whatever one item does, the others get their results
@@ -141,8 +154,16 @@ class Predictor:
 
     def _batch(self, chips: Sequence[Pixels], start: int) -> Iterator[tuple[float, float, float, str, float]]:
         """Age, interval, gender and its probability of one batch of chips."""
-        output = self.model.predict(np.stack(chips[start : start + self.batch_size]))
+        with self._timed("predict"):
+            output = self.model.predict(np.stack(chips[start : start + self.batch_size]))
         classes = output.gender_probs.argmax(axis=1)
         for row, best in enumerate(classes):
             age, low, high = (float(column[row]) for column in (output.age, output.age_low, output.age_high))
             yield age, low, high, self.model.spec.labels[best], float(output.gender_probs[row, best])
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self._on_stage:
+            self._on_stage(stage, time.perf_counter() - started)
