@@ -46,13 +46,13 @@ class ImageTooLargeError(AgeGenderError):
     """The header announces more pixels than the caller allows.
 
     Attributes:
-        width: announced width of the upright image, in pixels.
-        height: announced height of the upright image, in pixels.
+        width: announced width of the upright image, in pixels; None where it is unknown.
+        height: announced height of the upright image, in pixels; None where it is unknown.
     """
 
     status = "too_large"
 
-    def __init__(self, message: str, *, width: int, height: int) -> None:
+    def __init__(self, message: str, *, width: int | None = None, height: int | None = None) -> None:
         super().__init__(message)
         self.width = width
         self.height = height

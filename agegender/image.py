@@ -1,17 +1,27 @@
 """data -> image: encoded bytes become upright RGB pixels, bounded in number before any is decoded."""
 
 import io
-import struct
+import logging
+import warnings
 from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image
+from PIL import (  # noqa: F401 - importing a plugin registers its format
+    BmpImagePlugin,
+    ExifTags,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
-from agegender.errors import ImageDecodeError, ImageTooLargeError, NotAnImageError
+from agegender.errors import AgeGenderError, ImageDecodeError, ImageTooLargeError, NotAnImageError
 
-__all__ = ["DEFAULT_MAX_PIXELS", "FORMATS", "EncodedImage", "Pixels", "decode_image", "read_header"]
+__all__ = ["DEFAULT_MAX_PIXELS", "FORMATS", "EncodedImage", "Pixels", "decode_image", "quiet_pillow", "read_header"]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -45,32 +55,32 @@ class EncodedImage:
     width: int
     height: int
     format: str
-    _source: Image.Image = field(repr=False)
+    _data: bytes = field(repr=False)
     _orientation: int = field(repr=False)
 
     def decode(self, *, min_side_px: int | None = None) -> Pixels:
-        """Decodes the pixels; may be called once.
+        """Decodes the pixels.
 
         Args:
             min_side_px: lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size (by DCT scaling), as long as its
                 longer side keeps at least this many pixels. None decodes at full resolution.
 
         Returns:
-            (H, W, 3) uint8 RGB, upright, contiguous.
+            (H, W, 3) uint8 RGB, upright, contiguous and the caller's own.
 
         Raises:
             ImageDecodeError: the pixels are damaged, truncated or of an unsupported kind.
         """
         try:
+            source, _ = _open(self._data)
             if min_side_px is not None and self.format == "JPEG":
-                _allow_dct_scaling(self._source, min_side_px)
-            self._source.load()
-            pixels = np.asarray(_to_rgb(self._source))
-        except ImageDecodeError:
+                _allow_dct_scaling(source, min_side_px)
+            source.load()
+            return _upright(np.asarray(_to_rgb(source)), self._orientation)
+        except AgeGenderError:
             raise
         except Exception as error:  # Pillow's decoders raise a dozen kinds of error on damaged data
             raise ImageDecodeError(f"damaged {self.format} image: {_reason(error)}") from error
-        return _upright(pixels, self._orientation)
 
 
 def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> EncodedImage:
@@ -81,6 +91,8 @@ def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Encoded
         ImageDecodeError: the format is known but its header is damaged.
         ImageTooLargeError: the header announces more than `max_pixels` pixels.
     """
+    if isinstance(data, str):
+        raise TypeError("data must be the bytes of an encoded image, not its path")
     if not data:
         raise NotAnImageError("the file is empty (0 bytes)")
     source, format_ = _open(data)
@@ -93,7 +105,7 @@ def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Encoded
             width=width,
             height=height,
         )
-    return EncodedImage(width, height, format_, source, orientation)
+    return EncodedImage(width, height, format_, data, orientation)
 
 
 def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:
@@ -107,7 +119,7 @@ def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels
         max_pixels: an image that announces more is refused before any pixel is decoded.
 
     Returns:
-        (H, W, 3) uint8 RGB, upright.
+        (H, W, 3) uint8 RGB, upright, contiguous and the caller's own.
 
     Raises:
         ImageDecodeError: empty, not an image, of an unknown format, damaged or truncated.
@@ -116,38 +128,53 @@ def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels
     return read_header(data, max_pixels=max_pixels).decode()
 
 
+def quiet_pillow() -> None:
+    """Silences, in this process, Pillow's remarks on odd files; what matters of them is in our errors.
+
+    Meant for programs that show those errors to people. The library leaves warnings and logging as they are.
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
 def _open(data: bytes) -> tuple[Image.Image, str]:
     """Finds the format by its signature and lets Pillow's plugin of that format read the header.
 
     `Image.open` is not used: its own pixel limit is a process-wide setting that warns or raises below ours.
     """
-    Image.init()
+    signature = bytes(data[:16])
     for name in FORMATS:
         factory, accept = Image.OPEN[name]
-        if accept is not None and not accept(data[:16]):
+        if accept is not None and not accept(signature):
             continue
         try:
             source = factory(io.BytesIO(data), "")
+        except Image.DecompressionBombError as error:  # a canvas that some plugins would allocate at once
+            raise ImageTooLargeError(f"{name} header: {_reason(error).split(',')[0]}") from error
         except Exception as error:  # see EncodedImage.decode
             raise ImageDecodeError(f"damaged {name} header: {_reason(error)}") from error
         if min(source.size) < 1:
             raise ImageDecodeError(f"damaged {name} header: it announces {source.size[0]}x{source.size[1]} pixels")
         return source, name
-    raise NotAnImageError(f"not an image of a known format ({', '.join(FORMATS)}); it begins with {data[:8]!r}")
+    raise NotAnImageError(f"not an image of a known format ({', '.join(FORMATS)}); it begins with {signature[:12]!r}")
 
 
 def _orientation(source: Image.Image) -> int:
+    """The turn that is left to do."""
+    if isinstance(source, TiffImagePlugin.TiffImageFile):
+        return 1  # this plugin turns its pixels upright itself, and announces the upright size
     try:
-        value = source.getexif().get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, struct.error):
-        return 1  # a damaged EXIF block does not make the picture unreadable
-    return value if value in _UPRIGHT else 1
+        # The base class's method: that of PNG decodes all pixels in search of an EXIF block behind them.
+        value = Image.Image.getexif(source).get(ExifTags.Base.Orientation)
+        return value if value in _UPRIGHT else 1
+    except Exception:  # a damaged EXIF block, which raises of all kinds, does not make the picture unreadable
+        return 1
 
 
 def _allow_dct_scaling(source: Image.Image, min_side_px: int) -> None:
     scale = max(source.size) // min_side_px
     if scale >= 2:
-        source.draft(None, (source.size[0] // scale, source.size[1] // scale))
+        source.draft(None, (max(1, source.size[0] // scale), max(1, source.size[1] // scale)))
 
 
 def _to_rgb(source: Image.Image) -> Image.Image:
@@ -159,16 +186,18 @@ def _to_rgb(source: Image.Image) -> Image.Image:
     if source.mode in ("I", "F"):
         raise ImageDecodeError(f"32-bit pixels (mode {source.mode}) have no defined white; convert the image to 8 bits")
     if source.has_transparency_data:
-        canvas = Image.new("RGBA", source.size, "white")
-        return Image.alpha_composite(canvas, source.convert("RGBA")).convert("RGB")
+        canvas, layer = Image.new("RGB", source.size, "white"), source.convert("RGBA")
+        canvas.paste(layer, mask=layer)
+        return canvas
     return source.convert("RGB")
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
     quarter_turns, mirrored = _UPRIGHT[orientation]
     turned = np.rot90(pixels, quarter_turns)
-    return np.ascontiguousarray(turned[:, ::-1] if mirrored else turned)
+    return np.array(turned[:, ::-1] if mirrored else turned, order="C")  # always a copy: Pillow's array is read-only
 
 
 def _reason(error: Exception) -> str:
-    return str(error).strip().rstrip(".") or type(error).__name__
+    """The error's text on one line."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -1,0 +1,119 @@
+"""What many tests need, made without network: sample photographs of installed packages, encoders, the shipped model."""
+
+import io
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from agegender import Predictor
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MODEL = REPOSITORY / "model_store" / "agegender.pt"
+SHARED = REPOSITORY.parent / "shared"
+
+Encode = Callable[..., bytes]
+
+
+def package_file(package: str, name: str) -> Path:
+    """A file that an installed package carries, found without importing the package."""
+    spec = find_spec(package)
+    assert spec is not None, f"{package} is not installed"
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]) / name
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """The artifact that ships."""
+    return MODEL
+
+
+@pytest.fixture(scope="session")
+def grace_hopper_path() -> Path:
+    """A JPEG portrait of 512x606 pixels, public domain, from matplotlib."""
+    return package_file("matplotlib", "mpl-data/sample_data/grace_hopper.jpg")
+
+
+@pytest.fixture(scope="session")
+def astronaut_path() -> Path:
+    """A PNG portrait of 512x512 pixels, public domain, from scikit-image."""
+    return package_file("skimage", "data/astronaut.png")
+
+
+@pytest.fixture(scope="session")
+def grace_hopper(grace_hopper_path: Path) -> bytes:
+    return grace_hopper_path.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def astronaut(astronaut_path: Path) -> bytes:
+    return astronaut_path.read_bytes()
+
+
+@pytest.fixture(scope="session")
+def encode() -> Encode:
+    """encode(pixels or PIL image, format, **options of Pillow) -> the encoded file."""
+
+    def encode_(image: npt.NDArray[np.uint8] | Image.Image, format_: str, **options: object) -> bytes:
+        buffer = io.BytesIO()
+        source = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        source.save(buffer, format_, **options)
+        return buffer.getvalue()
+
+    return encode_
+
+
+@pytest.fixture(scope="session")
+def blank_png(encode: Encode) -> bytes:
+    """An image without a face."""
+    return encode(Image.new("RGB", (320, 240), (90, 120, 150)), "PNG")
+
+
+@pytest.fixture(scope="session")
+def group_jpeg(astronaut: bytes, grace_hopper: bytes, encode: Encode) -> bytes:
+    """A JPEG of two sample portraits side by side, the right one at half size: two faces."""
+    canvas = Image.new("RGB", (900, 620), (128, 128, 128))
+    canvas.paste(Image.open(io.BytesIO(grace_hopper)).convert("RGB"), (0, 0))
+    canvas.paste(Image.open(io.BytesIO(astronaut)).convert("RGB").resize((256, 256)), (580, 100))
+    return encode(canvas, "JPEG", quality=95)
+
+
+@pytest.fixture(scope="session")
+def predictor() -> Predictor:
+    """The chain with the shipped model, on the CPU."""
+    return Predictor(MODEL, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Callable[[str], Path]:
+    """shared_data(name) -> ../shared/name; skips the test where that lies not."""
+
+    def locate(name: str) -> Path:
+        path = SHARED / name
+        if not path.exists():
+            pytest.skip(f"../shared/{name} is not there")
+        return path
+
+    return locate
+
+
+@pytest.fixture(scope="session")
+def utkface(shared_data: Callable[[str], Path]) -> Path:
+    """The folder of aligned UTKFace chips, where it lies beside the repository."""
+    return shared_data("utkface")
+
+
+@pytest.fixture(scope="session")
+def photos(shared_data: Callable[[str], Path]) -> Path:
+    """The folder of everyday photographs, where it lies beside the repository."""
+    return shared_data("photos")
