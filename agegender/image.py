@@ -2,6 +2,7 @@
 
 import io
 import logging
+import re
 import warnings
 from dataclasses import dataclass, field
 from typing import Final
@@ -39,6 +40,12 @@ _UPRIGHT: Final = {
     7: (1, True),
     8: (1, False),
 }
+
+# Each scan of a progressive JPEG is a pass over all its pixels for as little as 100 bytes. Encoders write about ten.
+_MAX_SCANS: Final = 64
+_JPEG_MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+
 _SIXTEEN_BIT_MODES: Final = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -73,6 +80,8 @@ class EncodedImage:
         """
         try:
             source, _ = _open(self._data)
+            if source.info.get("progressive") and (scans := _count_scans(self._data)) > _MAX_SCANS:
+                raise ImageDecodeError(f"JPEG image of {scans} scans, over the limit of {_MAX_SCANS}")
             if min_side_px is not None and self.format == "JPEG":
                 _allow_dct_scaling(source, min_side_px)
             source.load()
@@ -169,6 +178,14 @@ def _orientation(source: Image.Image) -> int:
         return value if value in _UPRIGHT else 1
     except Exception:  # a damaged EXIF block, which raises of all kinds, does not make the picture unreadable
         return 1
+
+
+def _count_scans(data: bytes) -> int:
+    scans, position = 0, 2
+    while (marker := _JPEG_MARKER.search(data, position)) and marker[0] != _END_OF_IMAGE:
+        scans += marker[0] == _START_OF_SCAN
+        position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return scans
 
 
 def _allow_dct_scaling(source: Image.Image, min_side_px: int) -> None:

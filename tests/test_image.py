@@ -415,6 +415,16 @@ def test_dct_scaled_colours_agree_with_the_full_decode(mode, options, grace_hopp
     assert np.abs(small.astype(int) - np.asarray(full)).mean() < 2
 
 
+def test_a_progressive_jpeg_of_countless_scans_is_refused(smooth, encode):
+    """Each scan costs a pass over all pixels and a hundred bytes: a small file that takes an hour."""
+    data = encode(smooth, "JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff\xda" * 1000)
+    last_scan = data[data.rindex(b"\xff\xc4") : -2]
+    assert read_header(data).decode().shape == smooth.shape
+    assert read_header(data[:-2] + last_scan * 30 + data[-2:] + last_scan * 1000).decode().shape == smooth.shape
+    with pytest.raises(ImageDecodeError, match="JPEG image of 1010 scans, over the limit of 64"):
+        decode_image(data[:-2] + last_scan * 1000 + data[-2:])
+
+
 def test_other_formats_are_decoded_in_full(noise, encode):
     for format_ in LOSSLESS:
         assert read_header(encode(noise, format_)).decode(min_side_px=2).shape == noise.shape
