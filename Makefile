@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+ARCHIVE := model_store/agegender.mar
 
 SRC ?= examples
 OUT ?= out
@@ -13,7 +14,7 @@ DATA ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup batch train evaluate test test-slow check format lock clean
+.PHONY: help setup batch train evaluate archive serve stop test test-slow check format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -26,6 +27,7 @@ $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@ln -sf "$$($(BIN)/python -m handler java)" $(BIN)/java
 	@touch $@
 
 batch: $(READY) ## Score a directory of images into Parquet: SRC=DIR OUT=DIR FACES=detect|whole MODEL=FILE
@@ -38,6 +40,17 @@ train: $(READY) ## Train on a folder of labelled faces: DATA=DIR ARGS="--epochs 
 evaluate: $(READY) ## Measure a model on labelled faces: DATA=DIR MODEL=FILE
 	@test -n "$(DATA)" || { echo 'make evaluate: say where the labelled faces are: make evaluate DATA=DIR' >&2; exit 2; }
 	@$(BIN)/python -m training.evaluate --data-dir "$(DATA)" --model "$(MODEL)" $(ARGS)
+
+archive: $(ARCHIVE) ## Build the model archive that TorchServe loads
+
+$(ARCHIVE): $(READY) $(MODEL) $(wildcard handler/*.py handler/*.yaml agegender/*.py)
+	@$(BIN)/python -m handler archive
+
+serve: $(ARCHIVE) ## Start the server; returns when it answers predictions
+	@$(BIN)/python -m handler start
+
+stop: $(READY) ## Let running requests finish, then stop the server
+	@$(BIN)/python -m handler stop
 
 test: $(READY) ## Run the tests (under ten minutes on two cores)
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -1,0 +1,79 @@
+"""`python -m handler archive|start|stop|status|live|ready|java`: for people and orchestrators."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from handler import MODEL_NAME
+from handler.server import Server, ServerError, java_home
+
+_COMMANDS = {
+    "archive": "build the archive that the server loads",
+    "start": "start the server; returns when it answers predictions",
+    "stop": "let running requests finish, then stop the server",
+    "status": "show versions, workers and queue",
+    "live": "exit code 0 where the server answers at all",
+    "ready": "exit code 0 where every worker answers predictions",
+    "java": "print the Java that `start` runs",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done or yes, 1 no, 2 an error that is told."""
+    parser = argparse.ArgumentParser(
+        prog="python -m handler",
+        description="The TorchServe that serves the model.",
+        epilog="commands:\n" + "\n".join(f"  {name:8} {text}" for name, text in _COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND")
+    parser.add_argument("--config", type=Path, default=Path("config.properties"), help="TorchServe's settings")
+    parser.add_argument(
+        "--timeout", type=float, default=120, metavar="S", help="start: at most this long (default 120)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "archive":
+            return _archive()
+        if options.command == "java":
+            print(java_home() / "bin" / "java")
+            return 0
+        return _serve(options)
+    except ServerError as error:
+        print(f"handler: {error}", file=sys.stderr)
+        return 2
+
+
+def _archive() -> int:
+    from agegender import AgeGenderError  # here, since torch is no small thing to load for a probe
+    from handler.archive import ARCHIVE, build_archive
+
+    try:
+        version = build_archive()
+    except AgeGenderError as error:
+        raise ServerError(f"no archive can be built: {error}") from error
+    print(f"{ARCHIVE}: model {MODEL_NAME}, version {version}, {ARCHIVE.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    server = Server(options.config)
+    if options.command == "start":
+        server.start(options.timeout)
+        print(
+            f"{server.describe()}\nserving on {server.settings.get('inference_address')}; the keys are in key_file.json"
+        )
+    elif options.command == "stop":
+        print("stopped" if server.stop() else "no server was running")
+    elif options.command == "status":
+        print(server.describe())
+    else:
+        answer = server.ready() if options.command == "ready" else server.live()
+        print("yes" if answer else "no")
+        return 0 if answer else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

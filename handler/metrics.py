@@ -1,0 +1,62 @@
+"""What one worker counts and times, in the form that TorchServe hands to Prometheus.
+
+TorchServe reads metrics from the worker's output, a line each, so counts are added up over a batch. The buckets of its
+histograms are fixed, from 0.005 to 10: durations are therefore in seconds.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final
+
+from ts.metrics.metric_type_enum import MetricTypes
+
+from agegender import ImageResult
+
+__all__ = ["STAGES", "Metrics"]
+
+STAGES: Final = ("decode", "detect", "predict")
+
+
+class Metrics:
+    """Counters and histograms of one worker; `emit` once per batch sends the counters."""
+
+    def __init__(self, cache: Any) -> None:
+        """Declares the metrics.
+
+        Args:
+            cache: TorchServe's metrics cache, `context.metrics`.
+        """
+        declare = cache.add_metric_to_cache
+        self._seconds = {
+            stage: declare(f"agegender_{stage}_seconds", "Seconds", ["Model"], MetricTypes.HISTOGRAM)
+            for stage in STAGES
+        }
+        self._faces_per_image = declare("agegender_faces_per_image", "Count", ["Model"], MetricTypes.HISTOGRAM)
+        self._answers = declare("agegender_answers", "Count", ["Model", "Status"], MetricTypes.COUNTER)
+        self._images = declare("agegender_images", "Count", ["Model", "Status"], MetricTypes.COUNTER)
+        self._faces = declare("agegender_faces", "Count", ["Model", "Gender", "Decade"], MetricTypes.COUNTER)
+        self._counts: Counter[tuple[Any, ...]] = Counter()
+        self._model = cache.model_name
+
+    def time(self, stage: str, seconds: float) -> None:
+        """Records the duration of one of `STAGES`."""
+        self._seconds[stage].add_or_update(round(seconds, 6), [self._model])
+
+    def count_answer(self, status: int) -> None:
+        """Counts one answered request by its HTTP status."""
+        self._counts[self._answers, str(status)] += 1
+
+    def count_faces(self, results: Sequence[ImageResult]) -> None:
+        """Counts images by status and faces by predicted gender and decade, so that a drift shows."""
+        for result in results:
+            self._counts[self._images, result.status] += 1
+            if not result.failed:
+                self._faces_per_image.add_or_update(len(result.faces), [self._model])
+            for face in result.faces:
+                self._counts[self._faces, face.gender, f"{int(face.age // 10) * 10}"] += 1
+
+    def emit(self) -> None:
+        """Sends what was counted since the last call."""
+        for (metric, *labels), count in self._counts.items():
+            metric.add_or_update(count, [self._model, *labels])
+        self._counts.clear()

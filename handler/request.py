@@ -1,0 +1,263 @@
+"""What TorchServe hands over -> one request: its images, its options and the form of its answer."""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from agegender import AgeGenderError, Item
+from agegender.image import read_header
+from agegender.predictor import FacesMode
+
+__all__ = ["Options", "Request", "RequestError", "parse_request"]
+
+# A request's limits. Together they bound the time that a worker spends on it and the length of its answer.
+MAX_IMAGES: Final = 64
+MAX_IMAGE_BYTES: Final = 16 * 2**20
+MAX_PIXELS: Final = 50_000_000
+MAX_FACES: Final = 1000
+_MAX_NAME: Final = 1024
+
+_BODY: Final = "body"  # TorchServe's name for a body that is no form
+
+
+class RequestError(Exception):
+    """A request that is answered with an error.
+
+    Attributes:
+        status: HTTP status.
+        code: what programs distinguish it by.
+        message: one sentence for people: what was wrong and what to do.
+    """
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may ask for.
+
+    Attributes:
+        faces: `detect` finds the faces of each image, `whole` takes each image as one face.
+        min_score: least detector score, 0 to 1.
+        max_faces: most faces per image, the largest first.
+        require_face: whether an image without a face is an error.
+    """
+
+    faces: FacesMode = "detect"
+    min_score: float = 0.6
+    max_faces: int = 100
+    require_face: bool = False
+
+    @classmethod
+    def parse(cls, values: Mapping[str, str]) -> "Options":
+        """Reads options from their texts.
+
+        Raises:
+            RequestError: 400, an option is unknown or its value is none that it takes.
+        """
+        for name in values:
+            if name not in OPTIONS:
+                raise RequestError(400, "unknown_option", f"unknown option {name[:40]!r}; {_HELP}")
+        return cls(**{name: OPTIONS[name](name, text) for name, text in values.items()})
+
+
+def _faces(name: str, text: str) -> str:
+    if text not in ("detect", "whole"):
+        raise _bad_option(name, text, "detect or whole")
+    return text
+
+
+def _score(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise _bad_option(name, text, "a number from 0 to 1")
+    return value
+
+
+def _count(name: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= MAX_FACES):
+        raise _bad_option(name, text, f"a whole number from 1 to {MAX_FACES}")
+    return int(text)
+
+
+def _flag(name: str, text: str) -> bool:
+    if text.lower() not in ("0", "1", "true", "false"):
+        raise _bad_option(name, text, "1 or 0")
+    return text.lower() in ("1", "true")
+
+
+def _bad_option(name: str, text: str, expected: str) -> RequestError:
+    return RequestError(400, "bad_option", f"option {name} must be {expected}, not {text[:40]!r}")
+
+
+OPTIONS: Final = {"faces": _faces, "min_score": _score, "max_faces": _count, "require_face": _flag}
+_HELP: Final = f"the options are {', '.join(OPTIONS)}"
+_JSON_HELP: Final = 'send {"instances": [{"data": "<base64>"}]}'
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request, understood.
+
+    Attributes:
+        items: its images, at least one.
+        options: what it asks for.
+        form: of its answer: one `object`, a `list`, or KServe's `predictions`.
+    """
+
+    items: tuple[Item, ...]
+    options: Options
+    form: Literal["object", "list", "predictions"]
+
+
+def parse_request(row: Mapping[str, Any], headers: Mapping[str, str]) -> Request:
+    """Reads one row of what TorchServe passes to a handler.
+
+    Args:
+        row: the fields of a form, or the body under `body` with the options of the query beside it.
+        headers: of the request, under lower-case names.
+
+    Raises:
+        RequestError: 400 for a request that makes no sense, 413 for one that is too large.
+    """
+    if _BODY in row and _is_json(row[_BODY], headers.get("content-type", "")):
+        request = _from_json(row)
+    elif _BODY in row:
+        request = Request((_image(row[_BODY], ""),), _options(row), "object")
+    else:
+        _check_all_parts_arrived(row, headers.get("content-length", ""))
+        request = _from_form(row)
+    _check_pixels(request.items)
+    return request
+
+
+def _is_json(body: Any, content_type: str) -> bool:
+    """Whether TorchServe decoded the body, or was told that it is JSON."""
+    return isinstance(body, dict | list) or content_type.partition(";")[0].strip().lower() == "application/json"
+
+
+def _check_all_parts_arrived(row: Mapping[str, Any], content_length: str) -> None:
+    """TorchServe keeps one field per name and drops the others silently; the length of the form tells.
+
+    The separators and headers of a part take up to about 600 bytes beside its name; a dropped image takes more.
+    """
+    arrived = sum(len(value) + 2 * len(name) + 600 for name, value in row.items())
+    if content_length.isdecimal() and int(content_length) > arrived + 600:
+        raise RequestError(400, "repeated_field", "fields of the form share a name; give each image a name of its own")
+
+
+def _from_form(row: Mapping[str, Any]) -> Request:
+    """Every field that is no option is an image, named by its field."""
+    texts = {name: _text(name, value) for name, value in row.items() if name in OPTIONS}
+    items = tuple(_image(value, name) for name, value in row.items() if name not in OPTIONS)
+    if not items:
+        raise RequestError(400, "no_image", "the request holds no image; send it as the body or as a field of a form")
+    return Request(items, Options.parse(texts), "object" if len(items) == 1 else "list")
+
+
+def _from_json(row: Mapping[str, Any]) -> Request:
+    document = _document(row[_BODY])
+    options = _options({**row, **_parameters(document)})
+    if "instances" not in document:
+        return Request((_instance(document, "the body"),), options, "object")
+    instances = document["instances"]
+    if not isinstance(instances, list) or not instances:
+        raise RequestError(400, "bad_json", f"instances must be a list that is not empty; {_JSON_HELP}")
+    _check_count(len(instances))
+    items = tuple(_instance(each, f"instance {index}") for index, each in enumerate(instances))
+    return Request(items, options, "predictions")
+
+
+def _document(body: Any) -> dict[str, Any]:
+    if isinstance(body, bytes | bytearray | str):
+        try:
+            body = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+            raise RequestError(400, "bad_json", f"the body is not JSON ({reason}); {_JSON_HELP}") from error
+    if not isinstance(body, dict):
+        raise RequestError(400, "bad_json", f"the JSON body must be an object; {_JSON_HELP}")
+    return body
+
+
+def _parameters(document: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = document.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise RequestError(400, "bad_json", f"parameters must be an object; {_HELP}")
+    return {name: str(value) for name, value in parameters.items() if name != _BODY}
+
+
+def _instance(instance: Any, where: str) -> Item:
+    """One `{"data": base64, "path": optional name}`."""
+    data = instance.get("data") if isinstance(instance, dict) else None
+    if not isinstance(data, str):
+        raise RequestError(400, "bad_json", f"{where} has no image under the key data; {_JSON_HELP}")
+    path = instance.get("path", "")
+    if not isinstance(path, str) or len(path) > _MAX_NAME:
+        raise RequestError(400, "bad_json", f"the path of {where} must be a text of at most {_MAX_NAME} characters")
+    try:
+        decoded = base64.b64decode(data, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(400, "bad_base64", f"the data of {where} is not base64: {error}") from error
+    return _image(decoded, path)
+
+
+def _options(row: Mapping[str, Any]) -> Options:
+    return Options.parse({name: _text(name, value) for name, value in row.items() if name != _BODY})
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, bytes | bytearray):
+        return value.decode("utf-8", "replace").strip()
+    if not isinstance(value, str):
+        raise _bad_option(name, str(value), "a text")
+    return value.strip()
+
+
+def _image(value: Any, name: str) -> Item:
+    if isinstance(value, str):
+        value = value.encode()  # a text/* type was announced; whatever it is, the predictor will say
+    if not isinstance(value, bytes | bytearray):
+        raise RequestError(400, "bad_json", f"field {name[:40]!r} is JSON; {_JSON_HELP} as the whole body")
+    if len(value) > MAX_IMAGE_BYTES:
+        raise RequestError(
+            413, "too_large", f"an image of {len(value)} bytes is over the limit of {MAX_IMAGE_BYTES}; shrink it"
+        )
+    return Item(bytes(value), name[:_MAX_NAME])
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_IMAGES:
+        raise RequestError(
+            413, "too_large", f"{count} images are over the limit of {MAX_IMAGES}; send several requests"
+        )
+
+
+def _check_pixels(items: tuple[Item, ...]) -> None:
+    """Bounds the pixels of all images together; one image alone is left to the predictor's own check."""
+    _check_count(len(items))
+    if len(items) > 1 and (pixels := sum(map(_pixels, items))) > MAX_PIXELS:
+        raise RequestError(
+            413,
+            "too_large",
+            f"{pixels / 1e6:.1f} megapixels in one request are over the limit of {MAX_PIXELS / 1e6:g}; "
+            "send several requests",
+        )
+
+
+def _pixels(item: Item) -> int:
+    try:
+        header = read_header(item.data)
+    except AgeGenderError:
+        return 0
+    return header.width * header.height

