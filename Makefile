@@ -27,7 +27,7 @@ $(READY): requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
-	@ln -sf "$$($(BIN)/python -m handler java)" $(BIN)/java
+	@java=$$($(BIN)/python -m handler java) && ln -sf "$$java" $(BIN)/java
 	@touch $@
 
 batch: $(READY) ## Score a directory of images into Parquet: SRC=DIR OUT=DIR FACES=detect|whole MODEL=FILE

@@ -2,7 +2,14 @@
 
 from agegender.chips import cut_chip
 from agegender.detector import Face, FaceDetector
-from agegender.errors import AgeGenderError, ImageDecodeError, ImageTooLargeError, ModelLoadError, NotAnImageError
+from agegender.errors import (
+    AgeGenderError,
+    ImageDecodeError,
+    ImageTooLargeError,
+    ModelLoadError,
+    NotAnImageError,
+    ServerError,
+)
 from agegender.image import decode_image
 from agegender.model import Model, ModelSpec
 from agegender.predictor import Predictor
@@ -22,6 +29,7 @@ __all__ = [
     "ModelSpec",
     "NotAnImageError",
     "Predictor",
+    "ServerError",
     "cut_chip",
     "decode_image",
 ]

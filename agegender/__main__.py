@@ -6,8 +6,10 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from agegender import AgeGenderError, ImageResult, Item, Predictor, decode_image
+from agegender import AgeGenderError, ImageResult, Item, Predictor, ServerError, decode_image
+from agegender.client import DEFAULT_KEY_FILE, Client
 from agegender.draw import annotate
 from agegender.model import DEFAULT_MODEL
 from agegender.records import to_json
@@ -21,18 +23,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.draw:
             options.draw.mkdir(parents=True, exist_ok=True)
-        predictor = Predictor(
-            options.model,
-            faces=options.faces,
-            min_score=options.min_score,
-            max_faces=options.max_faces,
-            device=options.device,
-        )
+        predictor = _predictor(options)
     except (AgeGenderError, ValueError, OSError) as error:
         print(f"agegender: {error}", file=sys.stderr)
         return 2
     try:
         return _run(predictor, options)
+    except ServerError as error:
+        print(f"agegender: {error}", file=sys.stderr)
+        return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -52,12 +51,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--faces", choices=("detect", "whole"), default="detect", help="whole: each photo is one face")
     parser.add_argument("--min-score", type=float, default=0.6, help="least detector score, 0 to 1 (default 0.6)")
     parser.add_argument("--max-faces", type=int, default=100, help="most faces per photo (default 100)")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help=f"the artifact (default {DEFAULT_MODEL})")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--model", default=DEFAULT_MODEL, help=f"the artifact (default {DEFAULT_MODEL})")
+    where.add_argument("--server", metavar="URL", help="let a running server predict, such as http://127.0.0.1:8080")
+    parser.add_argument("--key-file", type=Path, default=DEFAULT_KEY_FILE, help="the server's tokens (key_file.json)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     return parser
 
 
-def _run(predictor: Predictor, options: argparse.Namespace) -> int:
+def _predictor(options: argparse.Namespace) -> Predictor | Client:
+    chosen: dict[str, Any] = {"faces": options.faces, "min_score": options.min_score, "max_faces": options.max_faces}
+    if options.server:
+        return Client(options.server, key_file=options.key_file, **chosen)
+    return Predictor(options.model, device=options.device, **chosen)
+
+
+def _run(predictor: Predictor | Client, options: argparse.Namespace) -> int:
     exit_code = 0
     if not options.json:
         print(_COLUMNS.format("photo", "face", "age", "90% from", "gender", "prob", "score"))
@@ -71,7 +80,7 @@ def _run(predictor: Predictor, options: argparse.Namespace) -> int:
     return exit_code
 
 
-def _results(predictor: Predictor, paths: Sequence[str]) -> Iterator[tuple[str, ImageResult]]:
+def _results(predictor: Predictor | Client, paths: Sequence[str]) -> Iterator[tuple[str, ImageResult]]:
     """Photo by photo, so that the first line appears at once."""
     for path in paths:
         try:

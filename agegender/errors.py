@@ -4,7 +4,8 @@
     ├── ImageDecodeError          damaged, truncated or unsupported image
     │   └── NotAnImageError       no supported image format at all
     ├── ImageTooLargeError        more pixels than allowed, refused before decoding
-    └── ModelLoadError            the artifact is missing, foreign or of another format version
+    ├── ModelLoadError            the artifact is missing, foreign or of another format version
+    └── ServerError               a server that should predict is not there, refuses, or is out of order
 
 Every error is one sentence that says what was wrong, fit to be shown to whoever sent the input.
 """
@@ -17,6 +18,7 @@ __all__ = [
     "ImageTooLargeError",
     "ModelLoadError",
     "NotAnImageError",
+    "ServerError",
 ]
 
 
@@ -60,3 +62,7 @@ class ImageTooLargeError(AgeGenderError):
 
 class ModelLoadError(AgeGenderError):
     """The artifact cannot be loaded or is not one that this version understands."""
+
+
+class ServerError(AgeGenderError):
+    """The server that should predict cannot be reached, refuses the token, or is out of order."""

@@ -1,6 +1,6 @@
 """results -> records: JSON objects and Arrow rows, both from one list of fields."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -9,7 +9,7 @@ from agegender.result import FacePrediction, ImageResult
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["FIELDS", "Field", "arrow_schema", "arrow_table", "to_json", "to_rows"]
+__all__ = ["FIELDS", "Field", "arrow_schema", "arrow_table", "from_json", "to_json", "to_rows"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,24 @@ def to_json(result: ImageResult) -> dict[str, Any]:
     """One object per image: its own fields, and under `predictions` one object per face."""
     shared = {field.name: field.of_image(result) for field in FIELDS if field.of_image}
     return {**shared, "predictions": [_face_fields(face) for face in result.faces]}
+
+
+def from_json(record: Mapping[str, Any]) -> ImageResult:
+    """The result that `to_json` made the object from.
+
+    Raises:
+        KeyError, TypeError: it is no such object.
+    """
+    faces = tuple(
+        FacePrediction(
+            index=face["face"],
+            box=(face["x1"], face["y1"], face["x2"], face["y2"]),
+            **{name: face[name] for name in ("score", "age", "age_low", "age_high", "gender", "gender_probability")},
+        )
+        for face in record["predictions"]
+    )
+    shared = {name: record[name] for name in ("path", "status", "error", "width", "height")}
+    return ImageResult(**shared, faces=faces)
 
 
 def arrow_schema() -> "pa.Schema":

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from handler import MODEL_NAME
-from handler.server import Server, ServerError, java_home
+from handler.server import Server, ServingError, java_home
 
 _COMMANDS = {
     "archive": "build the archive that the server loads",
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(java_home() / "bin" / "java")
             return 0
         return _serve(options)
-    except ServerError as error:
+    except ServingError as error:
         print(f"handler: {error}", file=sys.stderr)
         return 2
 
@@ -52,7 +52,7 @@ def _archive() -> int:
     try:
         version = build_archive()
     except AgeGenderError as error:
-        raise ServerError(f"no archive can be built: {error}") from error
+        raise ServingError(f"no archive can be built: {error}") from error
     print(f"{ARCHIVE}: model {MODEL_NAME}, version {version}, {ARCHIVE.stat().st_size / 1e6:.1f} MB")
     return 0
 

@@ -3,7 +3,7 @@
 import base64
 import binascii
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -65,7 +65,8 @@ class Options:
         for name in values:
             if name not in OPTIONS:
                 raise RequestError(400, "unknown_option", f"unknown option {name[:40]!r}; {_HELP}")
-        return cls(**{name: OPTIONS[name](name, text) for name, text in values.items()})
+        chosen: dict[str, Any] = {name: OPTIONS[name](name, text) for name, text in values.items()}
+        return cls(**chosen)
 
 
 def _faces(name: str, text: str) -> str:
@@ -100,7 +101,12 @@ def _bad_option(name: str, text: str, expected: str) -> RequestError:
     return RequestError(400, "bad_option", f"option {name} must be {expected}, not {text[:40]!r}")
 
 
-OPTIONS: Final = {"faces": _faces, "min_score": _score, "max_faces": _count, "require_face": _flag}
+OPTIONS: Final[Mapping[str, Callable[[str, str], object]]] = {
+    "faces": _faces,
+    "min_score": _score,
+    "max_faces": _count,
+    "require_face": _flag,
+}
 _HELP: Final = f"the options are {', '.join(OPTIONS)}"
 _JSON_HELP: Final = 'send {"instances": [{"data": "<base64>"}]}'
 

