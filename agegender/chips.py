@@ -67,12 +67,11 @@ def _warp(pixels: Pixels, matrix: npt.NDArray[np.float64], size_px: int) -> Pixe
     """
     scale = math.hypot(matrix[0, 0], matrix[1, 0])
     block = max(1, math.ceil(1 / (2 * max(scale, 1e-6))))
-    if block > 1:
-        pixels, matrix = _reduce(pixels, matrix, size_px, block)
-    finer = 2 if scale * block < 1 else 1
+    part, matrix = _reduce(pixels, matrix, size_px, block)
+    finer = 2 if scale * block < 0.99 else 1  # the rounding of landmarks must not blur a face of the chip's own size
     side = size_px * finer
     chip = cv2.warpAffine(
-        pixels, _pixel_centres(matrix * finer), (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT
+        part, _pixel_centres(matrix * finer), (side, side), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT
     )
     if finer > 1:
         chip = cv2.resize(chip, (size_px, size_px), interpolation=cv2.INTER_AREA)
@@ -82,7 +81,10 @@ def _warp(pixels: Pixels, matrix: npt.NDArray[np.float64], size_px: int) -> Pixe
 def _reduce(
     pixels: Pixels, matrix: npt.NDArray[np.float64], size_px: int, block: int
 ) -> tuple[Pixels, npt.NDArray[np.float64]]:
-    """Averages blocks of block x block pixels in the part of the image that the chip covers."""
+    """Averages blocks of block x block pixels in the part of the image that the chip covers.
+
+    OpenCV warps no image of 32,767 pixels or more on a side, but the part is small whatever the image is.
+    """
     height, width = pixels.shape[:2]
     corners = np.array([[0, 0], [size_px, 0], [0, size_px], [size_px, size_px]], np.float64)
     seen = (corners - matrix[:, 2]) @ np.linalg.inv(matrix[:, :2]).T
