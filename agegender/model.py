@@ -60,6 +60,16 @@ class ModelSpec:
     commit: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.chip_size_px, int) or self.chip_size_px < 1:
+            raise ValueError(f"chip_size_px must be a whole number of pixels, not {self.chip_size_px!r}")
+        if not 0 <= self.chip_margin < 10:
+            raise ValueError(f"chip_margin must lie between 0 and 10, not {self.chip_margin!r}")
+        if len(self.labels) != 2 or not all(isinstance(label, str) for label in self.labels):
+            raise ValueError(f"labels must be two names, not {self.labels!r}")
+        if not 0 < self.coverage < 1:
+            raise ValueError(f"coverage must lie between 0 and 1, not {self.coverage!r}")
+
     def to_json(self) -> str:
         """The text of `SPEC_FILE`."""
         return json.dumps(asdict(self), indent=1, default=str)
@@ -80,11 +90,10 @@ class ModelSpec:
                     "retrain it with `make train` or install the matching version of agegender"
                 )
             known = {each.name for each in fields(cls)}
-            spec = cls(**{name: value for name, value in values.items() if name in known})
-            first, second = spec.labels
+            values["labels"] = tuple(values.get("labels", ()))
+            return cls(**{name: value for name, value in values.items() if name in known})
         except (ValueError, TypeError, AttributeError) as error:
             raise ModelLoadError(f"the model's {SPEC_FILE} is damaged: {error}") from error
-        return cls(**{**{each.name: getattr(spec, each.name) for each in fields(cls)}, "labels": (first, second)})
 
 
 class Predictions(NamedTuple):
@@ -120,23 +129,44 @@ class Model:
         self.device = _device(device)
         self.sha256 = _sha256(self.path)
         self.spec, self._module = _load(self.path, self.device)
-        self.predict(np.zeros((1, self.spec.chip_size_px, self.spec.chip_size_px, 3), np.uint8))
+        self._try_out()
 
     def predict(self, chips: Pixels) -> Predictions:
         """Runs the network.
 
         Args:
             chips: (N, S, S, 3) uint8 RGB with S = `spec.chip_size_px`; N may be 0.
+
+        Raises:
+            ValueError: the chips are of another shape or type.
         """
+        side = self.spec.chip_size_px
+        if chips.shape[1:] != (side, side, 3) or chips.dtype != np.uint8:
+            raise ValueError(f"chips must be (N, {side}, {side}, 3) uint8, not {chips.shape} {chips.dtype}")
         if len(chips) == 0:
             nothing = np.empty(0, np.float32)
             return Predictions(nothing, nothing, nothing, np.empty((0, 2), np.float32))
-        batch = torch.from_numpy(np.ascontiguousarray(chips)).permute(0, 3, 1, 2)  # channels_last without a copy
+        own = np.require(chips, requirements=["C", "W"])  # torch warns of memory that it could not write to
+        batch = torch.from_numpy(own).permute(0, 3, 1, 2)  # channels_last without a copy
         with torch.inference_mode():
             output = self._module(batch.to(self.device))
             probs = output.gender_logits.softmax(dim=1)
             values = [each.cpu().numpy() for each in (output.age, output.age_low, output.age_high, probs)]
         return Predictions(*values)
+
+    def _try_out(self) -> None:
+        side = self.spec.chip_size_px
+        try:
+            shapes = [column.shape for column in self.predict(np.zeros((1, side, side, 3), np.uint8))]
+            fits = shapes == [(1,), (1,), (1,), (1, 2)]
+        except (RuntimeError, AttributeError, TypeError) as error:
+            raise ModelLoadError(
+                f"{self.path} does not run on {self.device} ({type(error).__name__}); train one with `make train`"
+            ) from error
+        if not fits:
+            raise ModelLoadError(
+                f"{self.path} answers in another form than format version {FORMAT_VERSION}; train one with `make train`"
+            )
 
 
 def _device(name: str) -> torch.device:
@@ -145,9 +175,13 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ModelLoadError(f"unknown device {name}; take auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError(f"device {name} was asked for, but torch finds no CUDA device; take cpu")
+        raise ModelLoadError(f"unknown device {name!r}; take auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelLoadError(f"unsupported device {name!r}; take auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ModelLoadError(
+            f"device {name} was asked for, but torch finds {count} CUDA devices; take cpu or another one"
+        )
     return device
 
 

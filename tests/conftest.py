@@ -1,6 +1,7 @@
 """What many tests need, made without network: sample photographs of installed packages, encoders, the shipped model."""
 
 import io
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests share the machine with what they start
 
 from agegender import Predictor
 
