@@ -6,15 +6,15 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 ARCHIVE := model_store/agegender.mar
 
-SRC ?= examples
-OUT ?= out
+SRC ?=
+OUT ?=
 FACES ?= detect
 MODEL ?= model_store/agegender.pt
 DATA ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup batch train evaluate archive serve stop test test-slow check format lock clean
+.PHONY: help setup batch report train evaluate archive serve stop stubs test test-slow check format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -31,7 +31,11 @@ $(READY): requirements.txt pyproject.toml
 	@touch $@
 
 batch: $(READY) ## Score a directory of images into Parquet: SRC=DIR OUT=DIR FACES=detect|whole MODEL=FILE
-	@$(BIN)/python -m batch $(if $(filter examples,$(SRC)),--samples,) "$(SRC)" "$(OUT)" --faces $(FACES) --model "$(MODEL)" $(ARGS)
+	@$(BIN)/python -m batch $(if $(SRC),"$(SRC)" "$(or $(OUT),out)",--samples examples/photos "$(or $(OUT),examples/out)") \
+		--faces $(FACES) --model "$(MODEL)" $(ARGS)
+
+report: $(READY) ## Write a page about a batch output: OUT=DIR
+	@$(BIN)/python -m batch report "$(or $(OUT),examples/out)"
 
 train: $(READY) ## Train on a folder of labelled faces: DATA=DIR ARGS="--epochs 20 ..."
 	@test -n "$(DATA)" || { echo 'make train: say where the labelled faces are: make train DATA=DIR' >&2; exit 2; }
@@ -51,6 +55,9 @@ serve: $(ARCHIVE) ## Start the server; returns when it answers predictions
 
 stop: $(READY) ## Let running requests finish, then stop the server
 	@$(BIN)/python -m handler stop
+
+stubs: $(READY) ## Build the Python stubs of the gRPC API into build/grpc
+	@$(BIN)/python -m handler stubs
 
 test: $(READY) ## Run the tests (under ten minutes on two cores)
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)

@@ -1,4 +1,4 @@
-"""`python -m handler archive|start|stop|status|live|ready|java`: for people and orchestrators."""
+"""`python -m handler archive|start|stop|status|live|ready|java|stubs`: for people and orchestrators."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from handler import MODEL_NAME
 from handler.server import Server, ServingError, java_home
+from handler.stubs import build_stubs
 
 _COMMANDS = {
     "archive": "build the archive that the server loads",
@@ -16,6 +17,7 @@ _COMMANDS = {
     "live": "exit code 0 where the server answers at all",
     "ready": "exit code 0 where every worker answers predictions",
     "java": "print the Java that `start` runs",
+    "stubs": "build the Python stubs of the gRPC API",
 }
 
 
@@ -38,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _archive()
         if options.command == "java":
             print(java_home() / "bin" / "java")
+            return 0
+        if options.command == "stubs":
+            print(f"{build_stubs()}: put it on PYTHONPATH")
             return 0
         return _serve(options)
     except ServingError as error:

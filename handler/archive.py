@@ -10,12 +10,12 @@ import agegender
 from agegender import Model
 from agegender.detector import detector_weights
 from agegender.model import DEFAULT_MODEL
-from handler import MODEL_NAME
-from handler.handler import ARTIFACT, DETECTOR_WEIGHTS
+from handler import ARTIFACT, DETECTOR_WEIGHTS, MODEL_NAME
 
 __all__ = ["ARCHIVE", "build_archive"]
 
 ARCHIVE: Final = DEFAULT_MODEL.with_suffix(".mar")
+_HANDLER: Final = ("__init__.py", "handler.py", "metrics.py", "request.py")
 _SETTINGS: Final = "model-config.yaml"
 _FIXED_TIME: Final = (1980, 1, 1, 0, 0, 0)  # the earliest that a zip file can hold
 _READABLE: Final = 0o100644 << 16
@@ -46,9 +46,9 @@ def build_archive(model: Path = DEFAULT_MODEL, target: Path = ARCHIVE) -> str:
 
 def _members(model: Path, version: str) -> Iterator[tuple[str, bytes]]:
     here = Path(__file__).parent
-    for package, folder in (("agegender", Path(agegender.__file__).parent), ("handler", here)):
-        for source in folder.glob("*.py"):
-            yield f"{package}/{source.name}", source.read_bytes()
+    core = Path(agegender.__file__).parent.glob("*.py")
+    for source in (*core, *(here / name for name in _HANDLER)):
+        yield f"{source.parent.name}/{source.name}", source.read_bytes()
     yield ARTIFACT, model.read_bytes()
     yield DETECTOR_WEIGHTS, detector_weights()
     yield _SETTINGS, (here / _SETTINGS).read_bytes()

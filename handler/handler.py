@@ -18,12 +18,9 @@ from typing import Any, Final
 from agegender import ImageResult, Model, Predictor
 from agegender.predictor import FacesMode
 from agegender.records import to_json
-from handler import BUSY_LOCK, DRAINING
+from handler import ARTIFACT, BUSY_LOCK, DETECTOR_WEIGHTS, DRAINING
 from handler.metrics import Metrics
 from handler.request import MAX_PIXELS, Options, Request, RequestError, parse_request
-
-ARTIFACT: Final = "agegender.pt"
-DETECTOR_WEIGHTS: Final = "face_detection_yunet.onnx"
 
 _HTTP_STATUS: Final = {"not_image": 400, "unreadable": 400, "too_large": 413}
 _ADVICE: Final = {

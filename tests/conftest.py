@@ -1,19 +1,27 @@
 """What many tests need, made without network: sample photographs of installed packages, encoders, the shipped model."""
 
 import io
+import json
 import os
-from collections.abc import Callable
+import re
+import socket
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import urllib3
 from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests share the machine with what they start
 
 from agegender import Predictor
+from handler.archive import build_archive
+from handler.server import Server
+from tests.hostile import Ask
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / "model_store" / "agegender.pt"
@@ -120,3 +128,61 @@ def utkface(shared_data: Callable[[str], Path]) -> Path:
 def photos(shared_data: Callable[[str], Path]) -> Path:
     """The folder of everyday photographs, where it lies beside the repository."""
     return shared_data("photos")
+
+
+@pytest.fixture(scope="session")
+def new_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Server]]:
+    """new_server() -> a TorchServe of its own, not started: the project's settings on free ports, in a directory."""
+    servers: list[Server] = []
+
+    def make() -> Server:
+        directory = tmp_path_factory.mktemp("torchserve")
+        build_archive(MODEL, directory / "model_store" / "agegender.mar")
+        (directory / "config.properties").write_text(_on_free_ports((REPOSITORY / "config.properties").read_text()))
+        servers.append(Server(directory / "config.properties", directory))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop(drain_s=0)
+
+
+def _on_free_ports(settings: str) -> str:
+    """The same settings with ports that nobody listens on, and with the log's settings found from anywhere."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
+    ports = [str(each.getsockname()[1]) for each in sockets]
+    for standard, free in zip(("8080", "8081", "8082", "7070", "7071"), ports, strict=True):
+        settings = re.sub(rf"(?<=[:=]){standard}$", free, settings, flags=re.MULTILINE)
+    for each in sockets:
+        each.close()
+    return settings.replace("handler/log4j2.xml", str(REPOSITORY / "handler" / "log4j2.xml"))
+
+
+@pytest.fixture(scope="session")
+def server(new_server: Callable[[], Server]) -> Server:
+    """The TorchServe that the session's tests share, ready."""
+    server = new_server()
+    server.start(timeout_s=300)
+    return server
+
+
+@pytest.fixture(scope="session")
+def asking() -> Callable[[Server], Ask]:
+    """asking(server) -> ask(path, **what urllib3 takes), which gives status and decoded JSON of a POST with its key."""
+    http = urllib3.PoolManager(maxsize=32, retries=False, timeout=urllib3.Timeout(connect=5, read=120))
+
+    def of(server: Server) -> Ask:
+        def ask(path: str, *, headers: dict[str, str] | None = None, **request: Any) -> tuple[int, Any]:
+            headers = {"Authorization": f"Bearer {server.key('inference')}", **(headers or {})}
+            response = http.request("POST", server.settings["inference_address"] + path, headers=headers, **request)
+            return response.status, json.loads(response.data) if response.data else None
+
+        return ask
+
+    return of
+
+
+@pytest.fixture
+def ask(asking: Callable[[Server], Ask], server: Server) -> Ask:
+    """Asks the shared server."""
+    return asking(server)

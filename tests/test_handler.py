@@ -1,0 +1,179 @@
+"""The handler by itself: a batch in, an answer each out, whatever one of them holds."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agegender import Predictor
+from agegender.records import from_json
+from handler import DRAINING
+from handler.archive import build_archive
+from handler.handler import AgeGenderHandler
+
+
+class Metric:
+    def __init__(self) -> None:
+        self.values: list[tuple[float, list[str]]] = []
+
+    def add_or_update(self, value: float, labels: list[str]) -> None:
+        self.values.append((value, labels))
+
+
+class MetricsCache:
+    model_name = "agegender"
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, Metric] = {}
+
+    def add_metric_to_cache(self, name: str, unit: str, labels: list[str], kind: Any) -> Metric:
+        return self.metrics.setdefault(name, Metric())
+
+
+class Context:
+    """As much of TorchServe's context as a handler sees."""
+
+    def __init__(self, directory: Path) -> None:
+        self.system_properties = {"model_dir": str(directory), "gpu_id": None}
+        self.metrics = MetricsCache()
+        self.headers: dict[int, dict[str, str]] = {}
+        self.statuses: dict[int, int] = {}
+
+    def get_all_request_header(self, index: int) -> dict[str, str]:
+        return self.headers.get(index, {})
+
+    def set_response_status(self, code: int, phrase: str, idx: int) -> None:
+        self.statuses[idx] = code
+
+    def set_response_content_type(self, index: int, value: str) -> None:
+        assert value == "application/json"
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Path:
+    target = tmp_path_factory.mktemp("archive") / "agegender.mar"
+    build_archive(model_path, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def unpacked(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("unpacked")
+    zipfile.ZipFile(archive).extractall(target)
+    return target
+
+
+@pytest.fixture
+def context(unpacked: Path) -> Context:
+    return Context(unpacked)
+
+
+@pytest.fixture
+def handler(context: Context) -> Iterator[AgeGenderHandler]:
+    handler = AgeGenderHandler()
+    handler.initialize(context)
+    yield handler
+    handler._busy_lock.close()
+
+
+def test_each_request_of_a_batch_gets_its_own_answer(
+    handler: AgeGenderHandler, context: Context, predictor: Predictor, group_jpeg: bytes, blank_png: bytes
+) -> None:
+    context.headers[2] = {"Content-Type": "application/json"}
+    rows = [
+        {"body": bytearray(group_jpeg)},
+        {"body": bytearray(b"no image")},
+        {"body": bytearray(b"no JSON")},
+        {"body": bytearray(blank_png), "require_face": "1"},
+        {"body": bytearray(group_jpeg), "faces": "whole"},
+        {"body": bytearray(group_jpeg), "max_faces": "1"},
+    ]
+    answers = [json.loads(text) for text in handler.handle(rows, context)]
+    assert [context.statuses[index] for index in range(6)] == [200, 400, 400, 422, 200, 200]
+    assert [answer["error"]["code"] for answer in answers[1:4]] == ["not_image", "bad_json", "no_face"]
+    assert from_json(answers[0]) == predictor.predict([group_jpeg])[0]
+    assert [answers[4]["predictions"][0]["score"], answers[5]["faces"]] == [None, 1]
+    assert answers[4]["options"]["faces"] == "whole"
+
+
+def test_an_image_among_others_that_fails_carries_its_error(
+    handler: AgeGenderHandler, context: Context, group_jpeg: bytes
+) -> None:
+    good, bad = json.loads(handler.handle([{"good": group_jpeg, "bad": group_jpeg[:1000]}], context)[0])
+    assert context.statuses[0] == 200
+    assert (good["path"], good["status"], good["faces"]) == ("good", "ok", 2)
+    assert (bad["path"], bad["status"], bad["faces"]) == ("bad", "unreadable", 0)
+    assert "damaged JPEG" in bad["error"]
+
+
+def test_a_failure_of_ours_is_told_to_the_log_alone(
+    handler: AgeGenderHandler, context: Context, group_jpeg: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(chips: Any) -> Any:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(handler._model, "predict", fail)
+    texts = handler.handle([{"body": group_jpeg}, {"body": b"no image", "faces": "whole"}], context)
+    assert [context.statuses[0], context.statuses[1]] == [500, 400]
+    assert "secret" not in texts[0]
+
+
+def test_while_stopping_new_requests_are_turned_away(
+    handler: AgeGenderHandler, context: Context, unpacked: Path, group_jpeg: bytes
+) -> None:
+    (unpacked / DRAINING).touch()
+    try:
+        answer = json.loads(handler.handle([{"body": group_jpeg}], context)[0])
+    finally:
+        (unpacked / DRAINING).unlink()
+    assert context.statuses[0] == 503
+    assert answer["error"]["code"] == "stopping"
+
+
+def test_counts_stages_answers_and_faces(
+    handler: AgeGenderHandler, context: Context, group_jpeg: bytes, blank_png: bytes
+) -> None:
+    handler.handle([{"body": group_jpeg}, {"body": blank_png}, {"body": b"no image"}], context)
+    metrics = context.metrics.metrics
+    assert [len(metrics[f"agegender_{stage}_seconds"].values) for stage in ("decode", "detect", "predict")] == [2, 2, 1]
+    assert [value for value, _ in metrics["agegender_faces_per_image"].values] == [2, 0]
+    assert {labels[-1]: value for value, labels in metrics["agegender_answers"].values} == {"200": 2, "400": 1}
+    statuses = {labels[-1]: value for value, labels in metrics["agegender_images"].values}
+    assert statuses == {"ok": 1, "no_face": 1, "not_image": 1}
+    assert sum(value for value, _ in metrics["agegender_faces"].values) == 2
+
+
+def test_the_archive_is_the_same_from_build_to_build(archive: Path, tmp_path: Path, model_path: Path) -> None:
+    again = tmp_path / "agegender.mar"
+    build_archive(model_path, again)
+    assert again.read_bytes() == archive.read_bytes()
+
+
+def test_the_archive_needs_nothing_of_the_repository_nor_the_package_of_the_detector(unpacked: Path) -> None:
+    program = (
+        "import sys, importlib.abc\n"
+        "class Blocked(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name.partition('.')[0] in ('autocrop', 'training', 'batch', 'app', 'ray', 'streamlit'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "import agegender, handler.handler\n"
+        "print(agegender.__file__, handler.handler.__file__)\n"
+        "from types import SimpleNamespace\n"
+        "class Cache:\n"
+        "    model_name = 'm'\n"
+        "    def add_metric_to_cache(self, *_): pass\n"
+        "context = SimpleNamespace(system_properties={'model_dir': sys.argv[1]}, metrics=Cache())\n"
+        "handler.handler.AgeGenderHandler().initialize(context)\n"
+    )
+    environment = {"PYTHONPATH": str(unpacked), "PATH": "", "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(
+        [sys.executable, "-c", program, str(unpacked)], cwd="/", env=environment, capture_output=True, text=True
+    )
+    assert output.returncode == 0, output.stderr
+    assert output.stdout.split() == [str(unpacked / "agegender/__init__.py"), str(unpacked / "handler/handler.py")]

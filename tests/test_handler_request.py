@@ -1,0 +1,112 @@
+"""What TorchServe hands over -> one request."""
+
+import base64
+import json
+from typing import Any
+
+import pytest
+
+from handler.request import MAX_FACES, MAX_IMAGE_BYTES, MAX_IMAGES, Options, RequestError, parse_request
+
+JSON = {"content-type": "application/json"}
+
+
+def as_json(document: Any) -> dict[str, Any]:
+    return {"body": json.dumps(document).encode()}
+
+
+def instance(data: bytes, **more: Any) -> dict[str, Any]:
+    return {"data": base64.b64encode(data).decode(), **more}
+
+
+def test_a_raw_body_is_one_image() -> None:
+    request = parse_request({"body": bytearray(b"image")}, {})
+    assert [item.data for item in request.items] == [b"image"]
+    assert request.form == "object"
+    assert request.options == Options()
+
+
+def test_options_come_beside_the_body_in_the_form_or_in_the_document() -> None:
+    expected = Options("whole", 0.25, 3, True)
+    texts = {"faces": "whole", "min_score": "0.25", "max_faces": "3", "require_face": "1"}
+    assert parse_request({"body": b"image", **texts}, {}).options == expected
+    assert parse_request({"photo": b"image", **{k: v.encode() for k, v in texts.items()}}, {}).options == expected
+    document = {**instance(b"image"), "parameters": {**texts, "min_score": 0.25, "max_faces": 3}}
+    assert parse_request(as_json(document), JSON).options == expected
+
+
+def test_form_fields_are_images_named_by_their_field_and_in_order() -> None:
+    request = parse_request({"b": b"1", "a": b"2", "faces": b"whole"}, {})
+    assert [(item.path, item.data) for item in request.items] == [("b", b"1"), ("a", b"2")]
+    assert request.form == "list"
+
+
+@pytest.mark.parametrize("decoded", [False, True], ids=["text", "decoded by TorchServe"])
+def test_instances_are_images_in_order_with_their_paths(decoded: bool) -> None:
+    document = {"instances": [instance(b"1", path="one"), instance(b"2")]}
+    request = parse_request({"body": document} if decoded else as_json(document), JSON)
+    assert [(item.path, item.data) for item in request.items] == [("one", b"1"), ("", b"2")]
+    assert request.form == "predictions"
+
+
+def test_json_is_known_by_its_type_whatever_the_spelling() -> None:
+    request = parse_request(as_json(instance(b"1")), {"content-type": "Application/JSON; charset=utf-8"})
+    assert request.items[0].data == b"1"
+
+
+@pytest.mark.parametrize(
+    ("row", "headers", "status", "code"),
+    [
+        ({"body": b'{"instances": ['}, JSON, 400, "bad_json"),
+        ({"body": b"\xff\xfe\x00"}, JSON, 400, "bad_json"),
+        ({"body": b"[" * 100_000}, JSON, 400, "bad_json"),
+        ({"body": b"9" * 10_000}, JSON, 400, "bad_json"),
+        ({"body": b""}, JSON, 400, "bad_json"),
+        (as_json([1]), JSON, 400, "bad_json"),
+        (as_json({"instances": []}), JSON, 400, "bad_json"),
+        (as_json({"instances": {"data": ""}}), JSON, 400, "bad_json"),
+        (as_json({"instances": ["text"]}), JSON, 400, "bad_json"),
+        (as_json({"instances": [{"data": 5}]}), JSON, 400, "bad_json"),
+        (as_json({"instances": [instance(b"1", path=7)]}), JSON, 400, "bad_json"),
+        (as_json({"instances": [instance(b"1", path="x" * 5000)]}), JSON, 400, "bad_json"),
+        (as_json({**instance(b"1"), "parameters": 5}), JSON, 400, "bad_json"),
+        (as_json({"data": "no base64!"}), JSON, 400, "bad_base64"),
+        (as_json({"data": "abc"}), JSON, 400, "bad_base64"),
+        (as_json({"data": "ü"}), JSON, 400, "bad_base64"),
+        (as_json({"instances": [instance(b"1")] * (MAX_IMAGES + 1)}), JSON, 413, "too_large"),
+        ({"body": b"1", "nonsense": "1"}, {}, 400, "unknown_option"),
+        ({"body": b"1", "faces": "all"}, {}, 400, "bad_option"),
+        ({"body": b"1", "min_score": "nan"}, {}, 400, "bad_option"),
+        ({"body": b"1", "min_score": "1.5"}, {}, 400, "bad_option"),
+        ({"body": b"1", "max_faces": "0"}, {}, 400, "bad_option"),
+        ({"body": b"1", "max_faces": str(MAX_FACES + 1)}, {}, 400, "bad_option"),
+        ({"body": b"1", "max_faces": "²"}, {}, 400, "bad_option"),
+        ({"body": b"1", "require_face": "maybe"}, {}, 400, "bad_option"),
+        ({"body": b"1", "faces": {"nested": 1}}, {}, 400, "bad_option"),
+        ({"body": bytes(MAX_IMAGE_BYTES + 1)}, {}, 413, "too_large"),
+        ({"photo": {"nested": 1}}, {}, 400, "bad_json"),
+        ({"faces": b"whole"}, {}, 400, "no_image"),
+        ({}, {}, 400, "no_image"),
+        ({"data": b"x" * 3000}, {"content-length": "6800"}, 400, "repeated_field"),
+    ],
+)
+def test_nonsense_is_refused_with_a_reason(row: Any, headers: Any, status: int, code: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_request(row, headers)
+    assert (caught.value.status, caught.value.code) == (status, code)
+    assert 10 < len(caught.value.message) < 400
+
+
+def test_a_whole_form_is_not_taken_for_one_that_lost_a_part() -> None:
+    fields = {f"field{index}": b"x" * 50 for index in range(20)}
+    length = str(sum(len(value) for value in fields.values()) + 20 * 200)
+    assert len(parse_request(fields, {"content-length": length}).items) == 20
+
+
+def test_the_pixels_of_all_images_together_are_bounded(encode: Any) -> None:
+    from PIL import Image
+
+    large = encode(Image.new("L", (6000, 5000)), "PNG")
+    with pytest.raises(RequestError, match=r"60\.0 megapixels in one request"):
+        parse_request({"a": large, "b": large}, {})
+    assert len(parse_request({"a": large}, {}).items) == 1
