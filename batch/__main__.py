@@ -1,0 +1,143 @@
+"""`python -m batch SOURCE... OUT`: the command line of the batch job."""
+
+import argparse
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batch.run import Request
+
+# Ray and torch read these when they are imported. One thread a process, since there is a process for each core; nothing
+# is sent anywhere; nothing listens beyond this machine.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
+_DONE, _WRONG_CALL, _INTERRUPTED = 0, 2, 130
+
+_EPILOG = """\
+a source is
+  a directory         all files below it, hidden ones too; images are told by content, not by name
+  a quoted glob       'photos/**/*.jpg'
+  a list              LIST.txt with a path in each line, or LIST.parquet with a column `path`
+  a file              any other file is itself an image
+  a URI               s3://bucket/prefix or gs://bucket/prefix, and lists there
+links to files are followed, links to directories only with --follow-links
+
+what OUT may be
+  new or empty        the run begins
+  an unfinished run   of the same sources, model and options: it goes on, nothing is done twice or lost
+  a finished run      nothing is done; see --append and --overwrite
+
+`python -m batch report OUT` writes OUT/report.html.
+exit code: 0 done, 1 the run stopped, 2 wrong call, 3 more than --max-bad failed, 130 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code, see the epilog of --help."""
+    options = _parser().parse_args(arguments)
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return _run(options)
+    except KeyboardInterrupt:
+        print("\nbatch: interrupted; the same command goes on from here", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _run(options: argparse.Namespace) -> int:
+    from agegender import AgeGenderError
+    from batch.errors import BatchError
+    from batch.run import run_batch
+    from batch.samples import write_samples
+
+    try:
+        if options.samples:
+            write_samples(Path(options.sources[0]))
+        run_batch(_request(options), lambda text: print(text, flush=True))
+    except BatchError as error:
+        return _complain(error, error.exit_code)
+    except (AgeGenderError, ModuleNotFoundError, OSError, ValueError) as error:
+        return _complain(error, _WRONG_CALL)
+    return _DONE
+
+
+def _complain(error: Exception, exit_code: int) -> int:
+    print(f"batch: {error}", file=sys.stderr)
+    return exit_code
+
+
+def _request(options: argparse.Namespace) -> "Request":
+    from batch.run import Request
+    from batch.scorer import ScoreOptions
+
+    return Request(
+        sources=tuple(options.sources),
+        out=options.out,
+        model=options.model,
+        options=ScoreOptions(
+            options.faces, options.min_score, options.max_faces, options.max_pixels, options.max_bytes
+        ),
+        mode=options.mode,
+        follow_links=options.follow_links,
+        max_bad=options.max_bad,
+        address=options.address,
+        workers=options.workers,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m batch",
+        description="Scores every face of every image of some sources into Parquet, one outcome for each input.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="what to score, see below")
+    parser.add_argument("out", metavar="OUT", help="directory for the output, local or a URI")
+    what = parser.add_argument_group("what the values depend on")
+    what.add_argument("--faces", choices=("detect", "whole"), default="detect", help="whole: each image is one face")
+    what.add_argument("--model", default="model_store/agegender.pt", help="the artifact (default %(default)s)")
+    what.add_argument("--min-score", type=float, default=0.6, help="least detector score, 0 to 1 (default %(default)s)")
+    what.add_argument("--max-faces", type=int, default=100, help="most faces an image (default %(default)s)")
+    what.add_argument("--max-pixels", type=int, default=100_000_000, help="larger images are refused (100 million)")
+    what.add_argument("--max-bytes", type=int, default=512_000_000, help="larger files are not read (512 million)")
+    how = parser.add_argument_group("how it runs")
+    mode = how.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--append", dest="mode", action="store_const", const="append", help="add the files that a finished OUT lacks"
+    )
+    mode.add_argument(
+        "--overwrite",
+        dest="mode",
+        action="store_const",
+        const="overwrite",
+        help="first delete what this program wrote to OUT",
+    )
+    how.add_argument(
+        "--max-bad", type=_max_bad, metavar="N|N%%", help="stop when more inputs than this fail (default: never)"
+    )
+    how.add_argument("--follow-links", action="store_true", help="enter links to directories, each directory once")
+    how.add_argument("--workers", type=int, default=0, help="processes that score (default: one a core)")
+    how.add_argument("--address", help="a Ray cluster to run on (default: RAY_ADDRESS, or a private one here)")
+    how.add_argument("--samples", action="store_true", help="first put sample photographs into SOURCE")
+    parser.set_defaults(mode="resume")
+    return parser
+
+
+def _max_bad(text: str) -> str:
+    if not re.fullmatch(r"\d+|\d+(\.\d+)?%", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of inputs, such as 20, nor a share, such as 5%")
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

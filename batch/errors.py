@@ -1,0 +1,51 @@
+"""What can end a run, as one tree.
+
+    BatchError
+    ├── SourceError         a source cannot be used
+    ├── OutputError         the output directory cannot be used as asked
+    ├── JobError            the engine stopped; what is done stays done
+    ├── IncompleteError     not every input has an outcome
+    └── TooManyBadError     more inputs failed than the caller allows
+
+Every error is one sentence that says what was wrong and what to do.
+"""
+
+from typing import ClassVar
+
+__all__ = ["BatchError", "IncompleteError", "JobError", "OutputError", "SourceError", "TooManyBadError"]
+
+
+class BatchError(Exception):
+    """Base of all errors that end a run on purpose.
+
+    Attributes:
+        exit_code: what the command returns.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+
+class SourceError(BatchError):
+    """A source is missing, cannot be reached, or holds nothing."""
+
+    exit_code = 2
+
+
+class OutputError(BatchError):
+    """The output directory holds something else, is in use, or cannot be written."""
+
+    exit_code = 2
+
+
+class JobError(BatchError):
+    """The engine stopped. What is done stays done."""
+
+
+class IncompleteError(BatchError):
+    """The engine ended well, but not every input has an outcome."""
+
+
+class TooManyBadError(BatchError):
+    """More inputs failed than the caller allows."""
+
+    exit_code = 3

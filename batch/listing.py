@@ -1,0 +1,286 @@
+"""Sources -> manifest: what there is to do, in numbered blocks that any later run finds again.
+
+The listing is streamed: it holds one shard of names, the directories still to visit and, where sources can overlap, a
+digest of every name; see docs/batch.md for the figures.
+"""
+
+import glob
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from batch.errors import SourceError
+from batch.location import decode_path, encode_path, filesystem_of, is_remote, normalize
+
+__all__ = ["MANIFEST_SCHEMA", "Input", "Listing", "block_size", "blocks_of"]
+
+# One shard is held in memory and sorted by name.
+_SHARD_INPUTS: Final = 65_536
+
+MANIFEST_SCHEMA: Final = pa.schema(
+    [
+        ("block", pa.int64()),
+        ("first_id", pa.int64()),
+        ("paths", pa.list_(pa.string())),
+        ("errors", pa.list_(pa.string())),
+    ]
+)
+
+
+class Input(NamedTuple):
+    """One input: its name, and what already the listing found wrong with it."""
+
+    path: str
+    error: str | None = None
+
+
+@dataclass
+class Listing:
+    """Iterates the inputs of some sources, each once.
+
+    A source is a directory (walked recursively), a quoted glob, a `.txt` list with a path in each line, a `.parquet`
+    list with a column `path`, a single file, or any of these behind a URI such as `s3://bucket/prefix`.
+
+    Attributes:
+        sources: names, see `batch.location`.
+        skip: a directory that is not entered, for an output that lies inside a source.
+        follow_links: enters links to directories, each directory once.
+        known: digests of names that are left out, see `digest`.
+        excluded: how many were left out, by reason; complete after the iteration.
+    """
+
+    sources: Sequence[str]
+    skip: str | None = None
+    follow_links: bool = False
+    known: set[bytes] = field(default_factory=set)
+    excluded: Counter[str] = field(default_factory=Counter)
+
+    def check(self) -> None:
+        """Looks whether each source is there.
+
+        Raises:
+            SourceError: one is not.
+        """
+        for source in self.sources:
+            try:
+                filesystem, path = filesystem_of(source)
+                there = filesystem.get_file_info(path).type is not fs.FileType.NotFound
+            except (OSError, ValueError) as error:
+                raise SourceError(f"{source} cannot be reached: {_first_line(error)}") from error
+            if not there and not _is_glob(source):
+                raise SourceError(f"{source} does not exist")
+
+    def __iter__(self) -> Iterator[Input]:
+        for each in self._all():
+            if not self._may_repeat:
+                yield each
+                continue
+            key = digest(each.path)
+            if key in self.known:
+                self.excluded["named twice or already in the output"] += 1
+                continue
+            self.known.add(key)
+            yield each
+
+    @property
+    def _may_repeat(self) -> bool:
+        return len(self.sources) > 1 or bool(self.known) or any(map(_is_list, self.sources)) or self._has_glob
+
+    @property
+    def _has_glob(self) -> bool:
+        return any(map(_is_glob, self.sources))
+
+    def _all(self) -> Iterator[Input]:
+        for source in self.sources:
+            if is_remote(source):
+                yield from self._remote(source)
+            elif _is_glob(source):
+                for match in glob.iglob(decode_path(source), recursive=True):
+                    yield from self._local(match)
+            else:
+                yield from self._local(decode_path(source))
+
+    def _local(self, path: bytes) -> Iterator[Input]:
+        if os.path.isdir(path):
+            yield from self._walk(path)
+        elif _is_list(encode_path(path)) and os.path.isfile(path):
+            yield from _read_list(encode_path(path))
+        else:
+            yield Input(encode_path(path))
+
+    def _walk(self, root: bytes) -> Iterator[Input]:
+        """All files below a directory; hidden ones too."""
+        visited = {_identity(root)}
+        if self.skip is not None and os.path.isdir(decode_path(self.skip)):
+            visited.add(_identity(decode_path(self.skip)))
+        folders, linked = [root], list[bytes]()
+        while folders or linked:
+            folder = folders.pop() if folders else linked.pop()
+            try:
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        yield from self._entry(entry, visited, folders, linked)
+            except OSError as error:
+                yield Input(encode_path(folder), f"the directory cannot be listed: {error.strerror}")
+
+    def _entry(
+        self, entry: "os.DirEntry[bytes]", visited: set[tuple[int, int]], folders: list[bytes], linked: list[bytes]
+    ) -> Iterator[Input]:
+        link = entry.is_symlink()
+        if not _is_directory(entry):
+            yield Input(encode_path(entry.path))
+            return
+        if link and not self.follow_links:
+            self.excluded["link to a directory"] += 1
+            return
+        try:
+            identity = _identity(entry.path)
+        except OSError as error:
+            yield Input(encode_path(entry.path), f"the directory cannot be listed: {error.strerror}")
+            return
+        if identity in visited:
+            self.excluded["directory that was reached before, or the output itself"] += 1
+        else:
+            visited.add(identity)
+            (linked if link else folders).append(entry.path)
+
+    def _remote(self, source: str) -> Iterator[Input]:
+        filesystem, root = filesystem_of(source)
+        scheme = source.partition("://")[0]
+        if _is_list(source):
+            yield from _read_list(source)
+            return
+        if filesystem.get_file_info(root).type is fs.FileType.File:
+            yield Input(source)
+            return
+        folders = [root]
+        while folders:
+            for info in filesystem.get_file_info(fs.FileSelector(folders.pop())):
+                name = f"{scheme}://{info.path}"
+                if info.type is not fs.FileType.Directory:
+                    yield Input(name)
+                elif name == self.skip:
+                    self.excluded["directory that was reached before, or the output itself"] += 1
+                else:
+                    folders.append(info.path)
+
+
+def digest(name: str) -> bytes:
+    """16 bytes that stand for a name; two names share them with odds below 1 in 10^18 among a billion."""
+    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+
+
+def block_size(first_id: int) -> int:
+    """How many inputs form the block that starts at `first_id`.
+
+    A block is the unit of work, of a checkpoint and of what a crash repeats. Small ones first, so that a dozen
+    photographs still spread over the cores; larger ones later, so that the engine's cost per block vanishes.
+    """
+    return min(1024, max(8, first_id // 32))
+
+
+def blocks_of(inputs: Iterable[Input], *, first_id: int = 0) -> Iterator[pa.Table]:
+    """Cuts inputs into shards of the manifest, one row a block.
+
+    Args:
+        inputs: what to number.
+        first_id: the first number.
+
+    Yields:
+        Tables of `MANIFEST_SCHEMA`, sorted by name within each.
+    """
+    shard: list[Input] = []
+    next_block, next_id = 0, first_id
+    for each in inputs:
+        shard.append(each)
+        if len(shard) == _SHARD_INPUTS:
+            table = _shard_table(shard, next_block, next_id, first_id)
+            yield table
+            next_block, next_id, shard = next_block + table.num_rows, next_id + len(shard), []
+    if shard:
+        yield _shard_table(shard, next_block, next_id, first_id)
+
+
+def _shard_table(shard: list[Input], block: int, next_id: int, first_id: int) -> pa.Table:
+    shard.sort(key=lambda each: each.path)
+    rows: list[dict[str, Any]] = []
+    start = 0
+    while start < len(shard):
+        stop = min(len(shard), start + block_size(next_id + start - first_id))
+        part = shard[start:stop]
+        rows.append(
+            {
+                "block": block + len(rows),
+                "first_id": next_id + start,
+                "paths": [each.path for each in part],
+                "errors": [each.error for each in part],
+            }
+        )
+        start = stop
+    return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
+
+
+def _read_list(name: str) -> Iterator[Input]:
+    filesystem, path = filesystem_of(name)
+    try:
+        if name.endswith(".parquet"):
+            yield from _read_parquet_list(filesystem, path, name)
+        else:
+            yield from _read_text_list(filesystem, path)
+    except (OSError, pa.ArrowException) as error:
+        raise SourceError(f"the list {name} cannot be read: {_first_line(error)}") from error
+
+
+def _read_parquet_list(filesystem: fs.FileSystem, path: str, name: str) -> Iterator[Input]:
+    with filesystem.open_input_file(path) as file:
+        table = pq.ParquetFile(file)
+        if "path" not in table.schema_arrow.names:
+            raise SourceError(f"the list {name} has no column `path`, only {', '.join(table.schema_arrow.names)}")
+        for batch in table.iter_batches(columns=["path"]):
+            yield from (Input(normalize(os.fsdecode(value))) for value in batch.column(0).to_pylist() if value)
+
+
+def _read_text_list(filesystem: fs.FileSystem, path: str) -> Iterator[Input]:
+    with filesystem.open_input_stream(path) as stream:
+        pending = b""
+        while chunk := stream.read(1 << 20):
+            *lines, pending = (pending + chunk).split(b"\n")
+            yield from _parse_lines(lines)
+        yield from _parse_lines([pending])
+
+
+def _parse_lines(lines: Iterable[bytes]) -> Iterator[Input]:
+    for line in lines:
+        if line := line.rstrip(b"\r"):
+            yield Input(normalize(os.fsdecode(line)))
+
+
+def _is_list(source: str) -> bool:
+    return source.endswith((".txt", ".parquet"))
+
+
+def _is_glob(source: str) -> bool:
+    return not is_remote(source) and glob.has_magic(source) and not os.path.lexists(decode_path(source))
+
+
+def _is_directory(entry: "os.DirEntry[bytes]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a loop of links, or a name that is too long: reading it will say so
+
+
+def _identity(path: bytes) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,134 @@
+"""Names of inputs, and names -> data: how a path becomes text, and text becomes bytes again.
+
+The `path` of a record is the absolute local path, or `s3://bucket/key` and its like. A local path that is not UTF-8 is
+written as its `file://` URI (RFC 8089, percent-encoded bytes). Since an absolute path begins with a slash, no two
+inputs share a name, and `decode_path` gives back the very bytes.
+"""
+
+import errno
+import functools
+import io
+import os
+import stat
+import urllib.parse
+from typing import Final
+
+from pyarrow import fs
+
+from agegender.errors import AgeGenderError
+
+__all__ = [
+    "FileTooLargeError",
+    "decode_path",
+    "encode_path",
+    "filesystem_of",
+    "is_remote",
+    "normalize",
+    "read_bytes",
+]
+
+_FILE_SCHEME: Final = "file://"
+_READ_BYTES: Final = 1 << 20
+_KINDS: Final = (
+    (stat.S_ISDIR, "directory"),
+    (stat.S_ISFIFO, "named pipe"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "character device"),
+    (stat.S_ISBLK, "block device"),
+)
+
+
+class FileTooLargeError(AgeGenderError):
+    """The file holds more bytes than the job may read."""
+
+    status = "too_large"
+
+
+def encode_path(path: bytes) -> str:
+    """The name of a local file, see the module's docstring."""
+    try:
+        return path.decode("utf-8")
+    except UnicodeDecodeError:
+        return _FILE_SCHEME + urllib.parse.quote_from_bytes(path)
+
+
+def decode_path(text: str) -> bytes:
+    """The local path behind a name or a `file://` URI."""
+    if text.startswith(_FILE_SCHEME):
+        return urllib.parse.unquote_to_bytes(text[len(_FILE_SCHEME) :])
+    return os.fsencode(text)
+
+
+def is_remote(text: str) -> bool:
+    """Whether a name is a URI of an object store."""
+    scheme, separator, _ = text.partition("://")
+    return bool(separator) and scheme.isalnum() and scheme != "file"
+
+
+def normalize(text: str) -> str:
+    """The name of what a user calls `text`: a URI as it is, a local path made absolute."""
+    return text.rstrip("/") if is_remote(text) else encode_path(os.path.abspath(decode_path(text)))
+
+
+def filesystem_of(name: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem that holds a name, and the path there.
+
+    Raises:
+        OSError: no such filesystem, or it cannot be reached.
+        ValueError: the scheme is unknown.
+    """
+    if not is_remote(name):
+        return fs.LocalFileSystem(), os.fsdecode(decode_path(name))
+    scheme, _, path = name.partition("://")
+    return _object_store(scheme, path.partition("/")[0]), path
+
+
+@functools.lru_cache
+def _object_store(scheme: str, bucket: str) -> fs.FileSystem:
+    # A private endpoint has no region to look up, and the look-up would ask the public one.
+    private = scheme == "s3" and "AWS_ENDPOINT_URL" in os.environ
+    region = f"?region={os.environ.get('AWS_REGION', 'us-east-1')}" if private else ""
+    return fs.FileSystem.from_uri(f"{scheme}://{bucket}{region}")[0]
+
+
+def read_bytes(name: str, *, max_bytes: int) -> bytes:
+    """Reads one input.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+        FileTooLargeError: it holds more than `max_bytes`.
+    """
+    if is_remote(name):
+        filesystem, path = filesystem_of(name)
+        with filesystem.open_input_file(path) as file:
+            _check_size(file.size(), max_bytes)
+            return file.read()
+    # Without O_NONBLOCK, opening a named pipe waits for a writer that may never come.
+    descriptor = os.open(decode_path(name), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, "rb", buffering=0) as file:
+        status = os.fstat(descriptor)
+        _check_regular(status.st_mode)
+        _check_size(status.st_size, max_bytes)
+        return _read_at_most(file, max_bytes)
+
+
+def _read_at_most(file: io.FileIO, max_bytes: int) -> bytes:
+    """Reads to the end, which some files (of /proc) do not announce."""
+    parts: list[bytes] = []
+    total = 0
+    while part := file.read(_READ_BYTES):
+        parts.append(part)
+        total += len(part)
+        _check_size(total, max_bytes)
+    return b"".join(parts)
+
+
+def _check_regular(mode: int) -> None:
+    for is_kind, kind in _KINDS:
+        if is_kind(mode):
+            raise OSError(errno.EINVAL, f"it is a {kind}, not a file")
+
+
+def _check_size(size: int, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise FileTooLargeError(f"the file has {size / 1e6:.1f} MB, over the limit of {max_bytes / 1e6:g}")

@@ -1,0 +1,252 @@
+"""The output directory: what state it is in, and how it changes from one state to the next.
+
+    empty -> listing -> resumable -> finished
+
+While a run goes on, everything lies in `_run/`, which readers of Parquet directories skip: the manifest, `run.json`
+(its presence says that the manifest is complete), Ray's checkpoint and the parts that it speaks of. At the end the
+parts become `faces-*.parquet`, then `_summary.json` and `_SUCCESS` appear, and `_run/` goes.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final
+
+from pyarrow import fs
+
+from batch.errors import OutputError
+from batch.location import filesystem_of
+
+__all__ = ["Output", "Run"]
+
+_RUN: Final = "_run"
+_RUN_FILE: Final = "_run/run.json"
+_SUCCESS: Final = "_SUCCESS"
+SUMMARY_FILE: Final = "_summary.json"
+REPORT_FILE: Final = "report.html"
+_OURS: Final = re.compile(r"_run|_SUCCESS|_summary\.json|report\.html|faces-[0-9a-f]{8}-\d{5}\.parquet")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is: as long as nothing of this changes, its outcomes are the same.
+
+    Attributes:
+        id: eight hexadecimal digits.
+        created: when it began, ISO 8601.
+        version: version of this package.
+        model: name, version and SHA-256 of the model.
+        options: everything else that the values depend on.
+        sources: names of the sources.
+        inputs: how many inputs the manifest holds.
+        blocks: how many blocks.
+        first_id: number of the first input; above 0 when the run adds to an older one.
+        excluded: what the listing left out, by reason.
+    """
+
+    id: str
+    created: str
+    version: str
+    model: dict[str, str]
+    options: dict[str, Any]
+    sources: list[str]
+    inputs: int
+    blocks: int
+    first_id: int = 0
+    excluded: dict[str, int] | None = None
+
+    def difference(self, other: "Run") -> str | None:
+        """Why `other` would not give the same outcomes; None if it would."""
+        if self.model["sha256"] != other.model["sha256"]:
+            return f"its model was {_model_text(self.model)} and is now {_model_text(other.model)}"
+        if self.version != other.version:
+            return f"it was written by version {self.version} and this is {other.version}"
+        for name, value in other.options.items():
+            if self.options.get(name) != value:
+                return f"its --{name.replace('_', '-')} was {self.options.get(name)} and is now {value}"
+        missing = [source for source in other.sources if source not in self.sources]
+        if missing:
+            return f"its inputs were {', '.join(self.sources)} and are now {', '.join(other.sources)}"
+        return None
+
+
+class Output:
+    """One output directory, local or in an object store."""
+
+    def __init__(self, name: str) -> None:
+        """Takes the directory's name, see `batch.location`; touches nothing."""
+        self.name = name
+        self.filesystem, self.base = filesystem_of(name)
+        self.is_local = isinstance(self.filesystem, fs.LocalFileSystem)
+
+    def path(self, *parts: str) -> str:
+        """A path on `filesystem` below the directory."""
+        return "/".join((self.base, *parts))
+
+    @property
+    def manifest(self) -> str:
+        """Directory of the manifest's shards."""
+        return self.path(_RUN, "manifest")
+
+    @property
+    def parts(self) -> str:
+        """Directory of what Ray writes."""
+        return self.path(_RUN, "parts")
+
+    @property
+    def checkpoint(self) -> str:
+        """Directory of Ray's checkpoint."""
+        return self.path(_RUN, "checkpoint")
+
+    @property
+    def staging(self) -> str:
+        """Directory where final files are written before they appear."""
+        return self.path(_RUN, "staging")
+
+    def run(self) -> Run | None:
+        """The run that can be resumed, if there is one."""
+        text = self._read(_RUN_FILE)
+        return None if text is None else _run_from(json.loads(text))
+
+    def finished(self) -> Run | None:
+        """The run that is finished, if there is one."""
+        if self._read(_SUCCESS) is None:
+            return None
+        return _run_from(self.summary()["run"])
+
+    def summary(self) -> dict[str, Any]:
+        """What `_summary.json` says.
+
+        Raises:
+            OutputError: there is none.
+        """
+        text = self._read(SUMMARY_FILE)
+        if text is None:
+            raise OutputError(f"{self.name} is not a finished output: it has no {SUMMARY_FILE}")
+        return dict(json.loads(text))
+
+    def files(self) -> list[str]:
+        """Paths of the final Parquet files."""
+        return [info.path for info in self.list("") if re.fullmatch(r"faces-.*\.parquet", info.base_name)]
+
+    def list(self, folder: str) -> list[fs.FileInfo]:
+        """Entries of a directory below this one, sorted by path; empty if it is not there."""
+        selector = fs.FileSelector(self.path(folder).rstrip("/"), allow_not_found=True)
+        return sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path)
+
+    def check_ours(self) -> None:
+        """Makes sure that nothing lies there that this program did not write.
+
+        Raises:
+            OutputError: something does.
+        """
+        if self.filesystem.get_file_info(self.base).type is fs.FileType.File:
+            raise OutputError(f"{self.name} is a file; give a directory for the output")
+        foreign = [info.base_name for info in self.list("") if not _OURS.fullmatch(info.base_name)]
+        if foreign:
+            raise OutputError(
+                f"{self.name} holds files that are not an output of this program, such as {foreign[0]}; "
+                "give an empty or new directory"
+            )
+
+    def check_writable(self) -> None:
+        """Creates the directory and writes a byte there.
+
+        Raises:
+            OutputError: that fails.
+        """
+        probe = self.path(_RUN, "probe")
+        try:
+            self.filesystem.create_dir(self.path(_RUN), recursive=True)
+            self.write("_run/probe", "")
+            self.filesystem.delete_file(probe)
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
+            raise OutputError(f"cannot write to {self.name}: {reason}") from error
+
+    def clear(self) -> None:
+        """Deletes what this program wrote there, and nothing else."""
+        for info in self.list(""):
+            if _OURS.fullmatch(info.base_name):
+                _delete(self.filesystem, info)
+
+    def clear_run(self) -> None:
+        """Deletes `_run/`; `run.json` first, since the rest means nothing without it."""
+        for info in (self.filesystem.get_file_info(self.path(name)) for name in (_RUN_FILE, _RUN)):
+            if info.type is not fs.FileType.NotFound:
+                _delete(self.filesystem, info)
+
+    def begin(self, run: Run) -> None:
+        """The manifest is complete: from here on the run can be resumed."""
+        self.write(_RUN_FILE, json.dumps(asdict(run), indent=1))
+        info = self.filesystem.get_file_info(self.path(_SUCCESS))
+        if info.type is fs.FileType.File:
+            self.filesystem.delete_file(info.path)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """All final files are there: says so, and tidies up."""
+        self.write(SUMMARY_FILE, json.dumps(summary, indent=1))
+        self.write(_SUCCESS, "")
+        self.clear_run()
+
+    def write(self, name: str, text: str) -> None:
+        """Writes a small file; a reader sees all of it or nothing."""
+        target = self.path(name)
+        # An object store shows an object when it is complete; a local file is renamed into place.
+        written = f"{self.path(_RUN)}/writing-{os.getpid()}" if self.is_local else target
+        self.filesystem.create_dir(self.path(_RUN), recursive=True)
+        with self.filesystem.open_output_stream(written) as stream:
+            stream.write(text.encode())
+        if written != target:
+            self.filesystem.move(written, target)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second run off a local directory; object stores have no lock.
+
+        Raises:
+            OutputError: another run holds it.
+        """
+        if not self.is_local:
+            yield
+            return
+        descriptor = os.open(self.base, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise OutputError(f"another run is writing to {self.name}; wait for it or stop it") from None
+        finally:
+            os.close(descriptor)
+
+    def _read(self, name: str) -> str | None:
+        path = self.path(name)
+        if self.filesystem.get_file_info(path).type is not fs.FileType.File:
+            return None
+        with self.filesystem.open_input_file(path) as file:
+            return file.read().decode()
+
+
+def now() -> str:
+    """This moment, ISO 8601 in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _run_from(values: dict[str, Any]) -> Run:
+    return Run(**{each.name: values[each.name] for each in fields(Run) if each.name in values})
+
+
+def _delete(filesystem: fs.FileSystem, info: fs.FileInfo) -> None:
+    if info.type is fs.FileType.Directory:
+        filesystem.delete_dir(info.path)
+    else:
+        filesystem.delete_file(info.path)
+
+
+def _model_text(model: dict[str, str]) -> str:
+    return f"{model['name']} {model['version']} ({model['sha256'][:8]})"

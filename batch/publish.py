@@ -1,0 +1,147 @@
+"""Parts -> final files: each committed outcome once, sorted, in files of a sensible size, and a summary of them."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from agegender.records import arrow_schema
+from batch.errors import IncompleteError
+from batch.output import Output, Run
+from batch.scorer import BLOCK_SCHEMA
+from batch.summary import Counts
+
+__all__ = ["FINAL_SCHEMA", "Part", "committed_parts", "publish"]
+
+FINAL_SCHEMA: Final = pa.schema([pa.field("id", pa.int64(), metadata={"doc": "number of the input"}), *arrow_schema()])
+
+# About 30 MB compressed, and 100 MB in memory.
+_ROWS_PER_FILE: Final = 500_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file that Ray has written and committed.
+
+    Attributes:
+        path: of the file.
+        blocks: the blocks in it that no part before it has.
+    """
+
+    path: str
+    blocks: frozenset[int]
+
+
+def committed_parts(output: Output) -> tuple[list[Part], Counts]:
+    """Finds the parts that count, deletes what else an interrupted run has left, and counts the outcomes so far.
+
+    A part counts if its checkpoint is committed and both can be read; a block counts once. Ray writes neither file in
+    one step, nor to disk before it goes on, so after a crash each may be there in pieces.
+    """
+    parts: list[Part] = []
+    counts = Counts()
+    seen: set[int] = set()
+    orphans = {info.path for info in output.list("_run/parts")}
+    for info in output.list("_run/checkpoint"):
+        stem = info.base_name.removesuffix(".parquet")
+        files = [path for path in orphans if os.path.basename(path).startswith(f"{stem}-")]
+        table = _read_part(output, info.path, files)
+        if table is None:
+            output.filesystem.delete_file(info.path)
+            continue
+        orphans.difference_update(files)
+        blocks = frozenset(table["block"].unique().to_pylist()) - seen
+        seen |= blocks
+        counts.add(_of_blocks(table, blocks))
+        parts.extend([Part(files[0], blocks)] if blocks else [])
+    for path in orphans:
+        output.filesystem.delete_file(path)
+    return parts, counts
+
+
+def _read_part(output: Output, checkpoint: str, files: list[str]) -> pa.Table | None:
+    """The part behind a checkpoint, or None if it does not count."""
+    if checkpoint.endswith(".pending.parquet") or len(files) != 1:
+        return None
+    try:
+        with output.filesystem.open_input_file(checkpoint) as file:
+            committed = pq.read_table(file, columns=["block"])["block"]
+        with output.filesystem.open_input_file(files[0]) as file:
+            table = pq.read_table(file, schema=BLOCK_SCHEMA)
+    except (OSError, pa.ArrowException):
+        return None
+    return table if committed.equals(table["block"]) else None
+
+
+def _of_blocks(table: pa.Table, blocks: frozenset[int]) -> pa.Table:
+    return table.filter(pa.compute.is_in(table["block"], pa.array(sorted(blocks), pa.int64())))
+
+
+def publish(output: Output, run: Run, parts: list[Part]) -> None:
+    """Writes the final files, first aside, then all into place.
+
+    Raises:
+        IncompleteError: an input has no outcome; nothing is in place then.
+    """
+    for folder, prefix in (("_run/staging", ""), ("", f"faces-{run.id}-")):
+        for info in output.list(folder):
+            if info.base_name.startswith(prefix):
+                output.filesystem.delete_file(info.path)
+    output.filesystem.create_dir(output.staging, recursive=True)
+    seen = np.zeros(run.inputs, bool)
+    schema = FINAL_SCHEMA.with_metadata(file_metadata(run))
+    for number, table in enumerate(_tables(output, parts)):
+        seen[table["id"].to_numpy() - run.first_id] = True
+        name = f"{output.staging}/faces-{run.id}-{number:05}.parquet"
+        with output.filesystem.open_output_stream(name) as stream:
+            pq.write_table(table.replace_schema_metadata(schema.metadata), stream, compression="zstd")
+    if not seen.all():
+        raise IncompleteError(f"{np.count_nonzero(~seen)} of {run.inputs} inputs have no outcome")
+    for info in output.list("_run/staging"):
+        output.filesystem.move(info.path, output.path(info.base_name))
+
+
+def file_metadata(run: Run) -> dict[str, str]:
+    """What each final file says of its origin."""
+    return {
+        "agegender.version": run.version,
+        "agegender.model": json.dumps(run.model),
+        "agegender.options": json.dumps(run.options),
+        "agegender.run": run.id,
+        "agegender.created": run.created,
+    }
+
+
+def _tables(output: Output, parts: list[Part]) -> Iterator[pa.Table]:
+    """The rows of all parts, in tables of about `_ROWS_PER_FILE` that are sorted by input and face."""
+    tables: list[pa.Table] = []
+    rows = 0
+    for part in sorted(parts, key=lambda part: min(part.blocks)):
+        with output.filesystem.open_input_file(part.path) as file:
+            tables.append(_of_blocks(pq.read_table(file, schema=BLOCK_SCHEMA), part.blocks))
+        rows += tables[-1].num_rows
+        if rows >= _ROWS_PER_FILE:
+            yield _sorted(tables)
+            tables, rows = [], 0
+    if tables:
+        yield _sorted(tables)
+
+
+def _sorted(tables: list[pa.Table]) -> pa.Table:
+    rows = pa.concat_tables(tables).sort_by([("id", "ascending"), ("face", "ascending")])
+    return rows.select(FINAL_SCHEMA.names).cast(FINAL_SCHEMA)
+
+
+def describe(output: Output) -> dict[str, Any]:
+    """Counts over all final files."""
+    counts = Counts()
+    for path in output.files():
+        with output.filesystem.open_input_file(path) as file:
+            for batch in pq.ParquetFile(file).iter_batches(columns=Counts.COLUMNS):
+                counts.add(pa.table(batch))
+    return counts.as_dict()

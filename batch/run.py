@@ -1,0 +1,252 @@
+"""One run from its request to its summary: look first, list, score, publish."""
+
+import hashlib
+import os
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from typing import Any, Final, Literal
+
+import pyarrow.parquet as pq
+
+from agegender import Predictor
+from batch.errors import OutputError, SourceError, TooManyBadError
+from batch.listing import Listing, blocks_of, digest
+from batch.location import normalize
+from batch.output import Output, Run, now
+from batch.progress import Progress, bad_count
+from batch.publish import committed_parts, describe, publish
+from batch.scorer import ScoreOptions
+from batch.summary import bad_text, summary_text
+
+__all__ = ["Request", "run_batch"]
+
+_JUDGE_AFTER: Final = 100
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller asks for.
+
+    Attributes:
+        sources: see `Listing`.
+        out: the output directory, local or a URI.
+        model: path of the artifact.
+        options: what the values depend on, beside the model.
+        mode: what to do with an output that is there: go on with the same run, add the inputs that it lacks, or start
+            anew.
+        follow_links: see `Listing`.
+        max_bad: the largest share (with %) or number of inputs that may fail, or None.
+        address: of a Ray cluster, or None.
+        workers: see `batch.job.Resources`.
+    """
+
+    sources: tuple[str, ...]
+    out: str
+    model: str
+    options: ScoreOptions = field(default_factory=ScoreOptions)
+    mode: Literal["resume", "append", "overwrite"] = "resume"
+    follow_links: bool = False
+    max_bad: str | None = None
+    address: str | None = None
+    workers: int = 0
+
+
+def run_batch(request: Request, say: Callable[[str], None]) -> None:
+    """Does what is asked for, or what is left of it.
+
+    Args:
+        request: what the caller asks for.
+        say: takes each message to people.
+
+    Raises:
+        SourceError: a source cannot be used.
+        OutputError: the output cannot be used as asked.
+        AgeGenderError: the model cannot be loaded.
+        JobError: the engine stopped.
+        TooManyBadError: see `Request.max_bad`.
+    """
+    started = time.monotonic()
+    output = Output(normalize(request.out))
+    listing = Listing([normalize(source) for source in request.sources], output.name, request.follow_links)
+    listing.check()
+    output.check_ours()
+    wanted, model = _identify(request, listing)
+    output.check_writable()
+    with output.locked():
+        if request.mode == "overwrite":
+            output.clear()
+        run = _settle(output, wanted, listing, request, say)
+        if run is not None:
+            _finish(output, run, model, request, say, started)
+
+
+def _identify(request: Request, listing: Listing) -> tuple[Run, bytes]:
+    """What the run is, but for its inputs; loads the chain once, to fail before anything has begun."""
+    options = asdict(request.options)
+    values = {name: value for name, value in options.items() if name != "max_bytes"}
+    predictor = Predictor(request.model, device="cpu", **values)
+    spec, sha256 = predictor.model.spec, predictor.model.sha256
+    with open(request.model, "rb") as file:
+        model = file.read()
+    if hashlib.sha256(model).hexdigest() != sha256:
+        raise OutputError(f"the model {request.model} is being written to; try again when it is complete")
+    identity = {"name": spec.name, "version": spec.version, "sha256": sha256}
+    run = Run(secrets.token_hex(4), now(), version("agegender"), identity, options, list(listing.sources), 0, 0)
+    return run, model
+
+
+def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say: Callable[[str], None]) -> Run | None:
+    """The run to work on: the one that was interrupted, or a new one; None if nothing is left to do."""
+    if (interrupted := output.run()) is not None:
+        if request.mode == "append":
+            raise OutputError(f"{output.name} holds an unfinished run; finish it without --append first")
+        _require_same(output, interrupted, wanted, "an unfinished run")
+        say(f"Going on with the run of {interrupted.created} ({interrupted.inputs:,} files).")
+        return interrupted
+    finished = output.finished()
+    if finished is None:
+        output.clear()  # what is there is a listing that was interrupted
+        return _begin(output, wanted, listing, say)
+    if request.mode == "append":
+        return _append(output, finished, wanted, listing, say)
+    _require_same(output, finished, wanted, "a finished run")
+    output.clear_run()
+    say(summary_text(output.summary(), output.name))
+    say(
+        f"Nothing to do: this run was finished at {output.summary()['finished']}. "
+        "To score files that came later, add --append; to start anew, --overwrite."
+    )
+    return None
+
+
+def _require_same(output: Output, old: Run, wanted: Run, what: str) -> None:
+    if (difference := old.difference(wanted)) is not None:
+        raise OutputError(
+            f"{output.name} holds {what} of another kind: {difference}; "
+            "give another output directory, or --overwrite to replace it"
+        )
+
+
+def _append(output: Output, finished: Run, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run | None:
+    _require_same(output, finished, replace(wanted, sources=finished.sources), "a finished run")
+    listing.known = _known_digests(output)
+    sources = [*finished.sources, *(source for source in wanted.sources if source not in finished.sources)]
+    first_id = output.summary()["inputs"]
+    try:
+        return _begin(output, replace(wanted, sources=sources, first_id=first_id), listing, say)
+    except SourceError as error:
+        output.clear_run()
+        if not listing.excluded:
+            raise
+        say(f"Nothing to add: {error}.")
+        return None
+
+
+def _known_digests(output: Output) -> set[bytes]:
+    known: set[bytes] = set()
+    for path in output.files():
+        with output.filesystem.open_input_file(path) as file:
+            for batch in pq.ParquetFile(file).iter_batches(columns=["path"]):
+                known.update(digest(name) for name in batch.column(0).to_pylist())
+    return known
+
+
+def _begin(output: Output, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run:
+    """Lists the sources into the manifest."""
+    say(f"Listing {', '.join(listing.sources)}")
+    output.filesystem.create_dir(output.manifest, recursive=True)
+    inputs = blocks = 0
+    for number, shard in enumerate(blocks_of(listing, first_id=wanted.first_id)):
+        with output.filesystem.open_output_stream(f"{output.manifest}/blocks-{number:05}.parquet") as stream:
+            pq.write_table(shard, stream, row_group_size=64)
+        inputs += sum(len(paths) for paths in shard["paths"].to_pylist())
+        blocks += shard.num_rows
+    if not inputs:
+        reason = "; all were left out" if listing.excluded else ""
+        raise SourceError(f"found no files in {', '.join(listing.sources)}{reason}")
+    run = replace(wanted, inputs=inputs, blocks=blocks, excluded=dict(listing.excluded))
+    output.begin(run)
+    say(f"Found {inputs:,} files.")
+    return run
+
+
+def _finish(
+    output: Output, run: Run, model: bytes, request: Request, say: Callable[[str], None], started: float
+) -> None:
+    """Scores what is left, puts the outcomes into place and tells of them."""
+    _, before = committed_parts(output)
+    watch = _Watch(run, before.statuses, request.max_bad)
+    if before.inputs:
+        say(f"{before.inputs:,} of {run.inputs:,} files were done before.")
+    if before.inputs < run.inputs:
+        _score(output, run, model, request, watch)
+    parts, counts = committed_parts(output)
+    watch.judge(counts.statuses)
+    publish(output, run, parts)
+    summary = _summary(output, run, counts.inputs - before.inputs, time.monotonic() - started, watch.startup_s(started))
+    output.finish(summary)
+    say(summary_text(summary, output.name))
+
+
+def _score(output: Output, run: Run, model: bytes, request: Request, watch: "_Watch") -> None:
+    from batch.job import Resources, score_manifest  # imports Ray, once everything is known to be in order
+
+    resources = Resources(request.address or os.environ.get("RAY_ADDRESS"), request.workers)
+    try:
+        score_manifest(output, request.options, model, resources, watch.see)
+    finally:
+        watch.close()
+
+
+class _Watch:
+    """Shows the progress of a run, and stops it when too much fails."""
+
+    def __init__(self, run: Run, before: Counter[str], max_bad: str | None) -> None:
+        self._run = run
+        self._before = before
+        self._max_bad = max_bad
+        self._statuses: Counter[str] = before.copy()
+        self._progress = Progress(run.inputs, before=sum(before.values()))
+        self._first: float | None = None
+
+    def see(self, statuses: dict[str, int]) -> None:
+        """Takes the inputs that this call has done, by status."""
+        if statuses and self._first is None:
+            self._first = time.monotonic()
+        self._statuses = self._before + Counter(statuses)
+        done = sum(self._statuses.values())
+        self._progress.show(done, bad_count(self._statuses))
+        if done >= _JUDGE_AFTER:
+            self.judge(self._statuses)
+
+    def close(self) -> None:
+        self._progress.close(sum(self._statuses.values()), bad_count(self._statuses))
+
+    def startup_s(self, started: float) -> float:
+        return (self._first or started) - started
+
+    def judge(self, statuses: Counter[str]) -> None:
+        if self._max_bad is not None and bad_count(statuses) > _allowed(self._max_bad, sum(statuses.values())):
+            raise TooManyBadError(
+                f"stopped: {bad_text(statuses)}, more than --max-bad {self._max_bad} allows; "
+                "the same command with a higher --max-bad goes on from here"
+            )
+
+
+def _allowed(max_bad: str, done: int) -> float:
+    return float(max_bad[:-1]) / 100 * done if max_bad.endswith("%") else float(max_bad)
+
+
+def _summary(output: Output, run: Run, done: int, seconds: float, startup_s: float) -> dict[str, Any]:
+    return {
+        **describe(output),
+        "seconds": round(seconds, 3),
+        "startup_s": round(startup_s, 3),
+        "images_per_s": round(done / max(seconds - startup_s, 1e-3), 2) if done else 0.0,
+        "finished": now(),
+        "run": asdict(run),
+    }
