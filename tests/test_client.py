@@ -1,0 +1,182 @@
+"""The client against a scripted HTTP server: what it repeats, what it does not, and what it says."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agegender import ImageResult, Item, ServerError
+from agegender.client import Client
+from agegender.records import to_json
+
+RESULT = ImageResult("", "no_face", None, 4, 3)
+ANSWER = {**to_json(RESULT), "model": {"name": "m", "version": "1", "sha256": "0"}}
+OLD_KEY = {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed."}
+
+
+@dataclass
+class Script:
+    """A server that gives the next of its answers to each request: status and JSON, `close`, or `sleep`."""
+
+    answers: list[Any]
+    requests: list[tuple[str, str | None, bytes]] = field(default_factory=list)
+    connections: set[Any] = field(default_factory=set)
+    address: str = ""
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[..., Script]]:
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(*answers: Any) -> Script:
+        script = Script(list(answers))
+        server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(script))
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        script.address = f"http://127.0.0.1:{server.server_port}"
+        return script
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            script.requests.append((self.path, self.headers["Authorization"], body))
+            script.connections.add(self.client_address)
+            answer = script.answers.pop(0)
+            if answer == "close":
+                self.close_connection = True
+                return
+            if answer == "sleep":
+                time.sleep(1.0)
+                self.close_connection = True
+                return
+            status, document = answer
+            text = document if isinstance(document, bytes) else json.dumps(document).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    return Handler
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., Client]]:
+    clients: list[Client] = []
+
+    def make(script: Script, **options: Any) -> Client:
+        clients.append(Client(script.address, **{"key": "k", "key_file": None, **options}))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+def test_results_carry_the_paths_of_their_items_over_one_connection(scripted: Any, connect: Any) -> None:
+    script = scripted((200, ANSWER), (200, ANSWER))
+    client = connect(script)
+    assert [result.path for result in client.predict([Item(b"1", "a"), b"2"])] == ["a", ""]
+    assert [body for _, _, body in script.requests] == [b"1", b"2"]
+    assert len(script.connections) == 1
+    assert client.about["version"] == "1"
+
+
+def test_options_and_key_are_sent(scripted: Any, connect: Any) -> None:
+    script = scripted((200, ANSWER))
+    connect(script, faces="whole", min_score=0.5, max_faces=7).predict([b"1"])
+    path, key, _ = script.requests[0]
+    assert path == "/models/agegender/invoke?faces=whole&min_score=0.5&max_faces=7"
+    assert key == "Bearer k"
+
+
+@pytest.mark.parametrize("failure", ["close", (503, {"code": 503})], ids=["closed", "busy"])
+def test_what_the_server_did_not_take_is_sent_again(scripted: Any, connect: Any, failure: Any) -> None:
+    script = scripted(failure, failure, (200, ANSWER))
+    assert connect(script).predict([b"1"]) == [RESULT]
+    assert len(script.requests) == 3
+
+
+def test_a_slow_answer_is_not_asked_for_again(scripted: Any, connect: Any) -> None:
+    script = scripted("sleep", (200, ANSWER))
+    with pytest.raises(ServerError, match="no answer in time"):
+        connect(script, answer_timeout_s=0.3).predict([b"1"])
+    assert len(script.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((500, {"code": 500, "message": "Worker died."}), r"status 500: Worker died\."),
+        ((500, {"error": {"code": "failed", "message": "could not"}}), "could not"),
+        ((400, {"error": {"code": "bad_option", "message": "option x"}}), "option x"),
+        ((400, OLD_KEY), "refuses the token"),
+        ((404, b"<html>"), "status 404"),
+        ((200, b"<html>"), "no answer of this service"),
+        ((200, [1]), "no answer of this service"),
+    ],
+)
+def test_other_failures_are_told_once(scripted: Any, connect: Any, answer: Any, message: str) -> None:
+    script = scripted(answer)
+    with pytest.raises(ServerError, match=message):
+        connect(script).predict([b"1"])
+    assert len(script.requests) == 1
+
+
+def test_an_old_key_is_read_anew_once(scripted: Any, connect: Any, tmp_path: Path) -> None:
+    keys = tmp_path / "key_file.json"
+    keys.write_text(json.dumps({"inference": {"key": "old"}}))
+    script = scripted((200, ANSWER), (400, OLD_KEY), (200, ANSWER), (400, OLD_KEY))
+    client = connect(script, key=None, key_file=keys)
+    client.predict([b"1"])
+    keys.write_text(json.dumps({"inference": {"key": "new"}}))
+    assert client.predict([b"2"]) == [RESULT]
+    assert [key for _, key, _ in script.requests] == ["Bearer old", "Bearer old", "Bearer new"]
+    with pytest.raises(ServerError, match="refuses the token"):
+        client.predict([b"3"])
+
+
+def test_an_image_that_fails_carries_its_error(scripted: Any, connect: Any) -> None:
+    refused = {"error": {"code": "not_image", "message": "no image"}}
+    script = scripted((400, refused), (413, b""), (200, ANSWER))
+    results = connect(script).predict([Item(b"1", "a"), Item(b"22", "b"), Item(b"3", "c")])
+    assert [(result.path, result.status) for result in results] == [
+        ("a", "not_image"),
+        ("b", "too_large"),
+        ("c", "no_face"),
+    ]
+
+
+def test_a_server_that_is_not_there(scripted: Any, connect: Any, unused_address: str) -> None:
+    with pytest.raises(ServerError, match="connection refused"):
+        connect(Script([], address=unused_address), retries=1).predict([b"1"])
+
+
+@pytest.fixture
+def unused_address() -> str:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_an_address_without_scheme_is_refused() -> None:
+    with pytest.raises(ValueError, match="must begin with http"):
+        Client("localhost:8080")
