@@ -100,8 +100,8 @@ def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Encoded
         ImageDecodeError: the format is known but its header is damaged.
         ImageTooLargeError: the header announces more than `max_pixels` pixels.
     """
-    if isinstance(data, str):
-        raise TypeError("data must be the bytes of an encoded image, not its path")
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise TypeError(f"an image is given as the bytes of its file, not as {type(data).__name__}")
     if not data:
         raise NotAnImageError("the file is empty (0 bytes)")
     source, format_ = _open(data)

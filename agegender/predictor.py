@@ -80,6 +80,8 @@ class Predictor:
             raise ValueError(f"faces must be detect or whole, not {faces!r}")
         if max_pixels < 1 or batch_size < 1:
             raise ValueError("max_pixels and batch_size must be at least 1")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
         if threads is not None:
             torch.set_num_threads(threads)
             cv2.setNumThreads(threads)
@@ -102,11 +104,16 @@ class Predictor:
 
         Returns:
             One result per item, in order.
+
+        Raises:
+            TypeError: one item was given instead of several.
         """
         return list(self.stream(items))
 
     def stream(self, items: Iterable[Item | bytes]) -> Iterator[ImageResult]:
         """Like `predict`, but yields results as batches of chips fill, with bounded memory."""
+        if isinstance(items, bytes | bytearray | str):  # each of its elements would become an item
+            raise TypeError("items must be a list of encoded images; put a single one into a list")
         pending: list[_Cut] = []
         waiting = 0
         for item in items:

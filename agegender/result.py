@@ -76,4 +76,5 @@ class ImageResult:
             return cls(path, error.status, str(error))
         if isinstance(error, OSError):
             return cls(path, "unreadable", f"cannot be read: {error.strerror or error}")
-        return cls(path, AgeGenderError.status, f"{type(error).__name__}: {error}")
+        reason = " ".join(str(error).split())  # those of OpenCV and torch run over many lines
+        return cls(path, AgeGenderError.status, f"unexpected {type(error).__name__}: {reason}".rstrip(": "))
