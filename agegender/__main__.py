@@ -11,6 +11,7 @@ from typing import Any
 from agegender import AgeGenderError, ImageResult, Item, Predictor, ServerError, decode_image
 from agegender.client import DEFAULT_KEY_FILE, Client
 from agegender.draw import annotate
+from agegender.image import quiet_pillow
 from agegender.model import DEFAULT_MODEL
 from agegender.records import to_json
 
@@ -20,6 +21,7 @@ _COLUMNS = "{:<32} {:>4} {:>8} {:>9}  {:<7} {:>5} {:>6}"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 when every photo was looked at, 1 when one was not, 2 for a wrong call."""
     options = _parser().parse_args(arguments)
+    quiet_pillow()
     try:
         if options.draw:
             options.draw.mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="JPEG, PNG, WebP, BMP, TIFF or GIF file")
     parser.add_argument("--json", action="store_true", help="one JSON object per photo and line, instead of a table")
-    parser.add_argument("--draw", type=Path, metavar="DIR", help="write annotated copies there, as PNG")
+    parser.add_argument("--draw", type=Path, metavar="DIR", help="write annotated copies there, as NAME-faces.png")
     parser.add_argument("--faces", choices=("detect", "whole"), default="detect", help="whole: each photo is one face")
     parser.add_argument("--min-score", type=float, default=0.6, help="least detector score, 0 to 1 (default 0.6)")
     parser.add_argument("--max-faces", type=int, default=100, help="most faces per photo (default 100)")
@@ -67,16 +69,17 @@ def _predictor(options: argparse.Namespace) -> Predictor | Client:
 
 
 def _run(predictor: Predictor | Client, options: argparse.Namespace) -> int:
-    exit_code = 0
+    exit_code, drawn = 0, set[Path]()
     if not options.json:
         print(_COLUMNS.format("photo", "face", "age", "90% from", "gender", "prob", "score"))
     for path, result in _results(predictor, options.photos):
         if result.failed:
             exit_code = 1
-            print(f"agegender: {path}: {result.error}", file=sys.stderr)
+            print(f"agegender: {_printable(path)}: {result.error}", file=sys.stderr)
         _show(result, as_json=options.json)
         if options.draw and result.faces:
-            _draw(Path(path), result, options.draw)
+            target = _new_name(options.draw / f"{Path(path).stem}-faces.png", drawn)
+            exit_code = max(exit_code, _draw(Path(path), result, target))
     return exit_code
 
 
@@ -95,7 +98,8 @@ def _show(result: ImageResult, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(to_json(result)), flush=True)
         return
-    name = result.path if len(result.path) <= 32 else "..." + result.path[-29:]
+    name = _printable(result.path)
+    name = name if len(name) <= 32 else "..." + name[-29:]
     if not result.faces and not result.failed:
         print(_COLUMNS.format(name, "-", "no face", "", "", "", ""), flush=True)
     for face in result.faces:
@@ -105,11 +109,28 @@ def _show(result: ImageResult, *, as_json: bool) -> None:
         print(_COLUMNS.format(*row), flush=True)
 
 
-def _draw(path: Path, result: ImageResult, folder: Path) -> None:
-    target = folder / f"{path.stem}.png"
-    if target.resolve() == path.resolve():
-        raise SystemExit(f"agegender: {target} is the photo itself; give --draw another directory")
-    annotate(decode_image(path.read_bytes()), result).save(target)
+def _printable(path: str) -> str:
+    """Names of files may hold line breaks and bytes that are no text."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in path)
+
+
+def _new_name(target: Path, drawn: set[Path]) -> Path:
+    """Photos of the same name, from two directories, get copies of their own."""
+    stem, number = target.stem, 1
+    while target in drawn:
+        number += 1
+        target = target.with_stem(f"{stem}-{number}")
+    drawn.add(target)
+    return target
+
+
+def _draw(path: Path, result: ImageResult, target: Path) -> int:
+    try:
+        annotate(decode_image(path.read_bytes()), result).save(target)
+    except (AgeGenderError, OSError) as error:
+        print(f"agegender: {_printable(str(path))}: no annotated copy: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
