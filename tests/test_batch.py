@@ -1,0 +1,195 @@
+"""The batch job through real Ray: a hostile directory, the predictor's numbers, and what a second call does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+
+from agegender import Item, Predictor
+from agegender.records import arrow_table
+from batch.location import decode_path, encode_path
+from batch.publish import FINAL_SCHEMA
+
+TIMEOUT_S = 180
+
+
+def run_batch(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m batch ARGUMENTS` as a user runs it."""
+    return subprocess.run(
+        [sys.executable, "-m", "batch", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """A directory of everything that a directory may hold.
+
+    Attributes:
+        root: the directory.
+        statuses: expected status by name of the input.
+    """
+
+    root: Path
+    statuses: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory, astronaut: bytes, group_jpeg: bytes, blank_png: bytes) -> Hostile:
+    root = tmp_path_factory.mktemp("hostile")
+    contents = {
+        b"astronaut.png": (astronaut, "ok"),
+        b"group.jpg": (group_jpeg, "ok"),
+        b"sub/.hidden/no extension": (group_jpeg, "ok"),
+        b"blank.png": (blank_png, "no_face"),
+        b"truncated.jpg": (group_jpeg[: len(group_jpeg) // 2], "unreadable"),
+        b"empty.jpg": (b"", "not_image"),
+        b"words.jpg": (b"This is no image.", "not_image"),
+        b"caf\xe9.png": (astronaut, "ok"),
+        b"line\nbreak.png": (blank_png, "no_face"),
+        b"percent%20 \\ quote'.png": (blank_png, "no_face"),
+        "пример 😀.png".encode(): (blank_png, "no_face"),
+        b"-rf": (b"-rf", "not_image"),
+    }
+    contents |= {b"/".join([b"deep"] * 30) + b"/down.png": (blank_png, "no_face")}
+    statuses = {}
+    for name, (data, status) in contents.items():
+        path = os.path.join(os.fsencode(root), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(data)
+        statuses[encode_path(path)] = status
+    (root / "huge.bmp").touch()
+    os.truncate(root / "huge.bmp", 2_000_000)
+    os.mkfifo(root / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(root / "s"))
+    (root / "link.png").symlink_to(root / "astronaut.png")
+    (root / "dangling.png").symlink_to(root / "nowhere.png")
+    (root / "ring.png").symlink_to(root / "ring.png")
+    (root / "sub" / "loop").symlink_to(root)
+    (root / "only directories" / "empty").mkdir(parents=True)
+    statuses |= {
+        str(root / "huge.bmp"): "too_large",
+        str(root / "pipe.jpg"): "unreadable",
+        str(root / "s"): "unreadable",
+        str(root / "link.png"): "ok",
+        str(root / "dangling.png"): "unreadable",
+        str(root / "ring.png"): "unreadable",
+    }
+    return Hostile(root, statuses)
+
+
+@pytest.fixture(scope="module")
+def scored(hostile: Hostile) -> subprocess.CompletedProcess[str]:
+    """The hostile directory, scored into a directory inside it."""
+    return run_batch(hostile.root, hostile.root / "out", "--max-bytes", 1_000_000)
+
+
+@pytest.fixture(scope="module")
+def records(hostile: Hostile, scored: subprocess.CompletedProcess[str]) -> pd.DataFrame:
+    assert scored.returncode == 0, scored.stderr
+    return pd.read_parquet(hostile.root / "out")
+
+
+def test_every_input_has_its_outcome_once(hostile: Hostile, records: pd.DataFrame) -> None:
+    by_path = records.drop_duplicates(["path", "status"]).set_index("path")["status"]
+    assert by_path.to_dict() == hostile.statuses
+    assert len(by_path) == len(hostile.statuses)
+    assert sorted(records["id"].unique()) == list(range(len(hostile.statuses)))
+
+
+def test_failures_have_a_reason_and_others_have_none(records: pd.DataFrame) -> None:
+    failed = ~records["status"].isin(["ok", "no_face"])
+    assert records.loc[failed, "error"].str.len().min() > 10
+    assert records.loc[~failed, "error"].isna().all()
+    assert not records["error"].str.contains("Traceback", na=False).any()
+
+
+def test_records_are_those_of_the_predictor(hostile: Hostile, records: pd.DataFrame, predictor: Predictor) -> None:
+    paths = [path for path, status in hostile.statuses.items() if status in ("ok", "no_face")]
+    items = [Item(Path(os.fsdecode(decode_path(path))).read_bytes(), path) for path in paths]
+    expected = arrow_table(predictor.predict(items)).to_pandas()
+    got = records[records["path"].isin(paths)].drop(columns="id")
+    key = ["path", "face"]
+    pd.testing.assert_frame_equal(
+        got.sort_values(key).reset_index(drop=True),
+        expected.sort_values(key).reset_index(drop=True),
+        check_dtype=False,
+        rtol=1e-4,
+    )
+
+
+def test_files_are_sorted_compressed_and_say_where_they_come_from(hostile: Hostile, records: pd.DataFrame) -> None:
+    (path,) = (hostile.root / "out").glob("*.parquet")
+    file = pq.ParquetFile(path)
+    assert file.schema_arrow.equals(FINAL_SCHEMA)
+    assert file.metadata.row_group(0).column(0).compression == "ZSTD"
+    rows = list(zip(records["id"], records["face"].fillna(-1), strict=True))
+    assert rows == sorted(rows)
+    metadata = file.schema_arrow.metadata
+    assert json.loads(metadata[b"agegender.options"])["max_bytes"] == 1_000_000
+    assert len(json.loads(metadata[b"agegender.model"])["sha256"]) == 64
+
+
+def test_the_summary_counts_what_is_there(
+    hostile: Hostile, scored: subprocess.CompletedProcess[str], records: pd.DataFrame
+) -> None:
+    out = hostile.root / "out"
+    assert sorted(path.name for path in out.iterdir() if path.suffix != ".parquet") == ["_SUCCESS", "_summary.json"]
+    summary = json.loads((out / "_summary.json").read_text())
+    assert summary["inputs"] == len(hostile.statuses)
+    assert summary["faces"] == records["age"].notna().sum() == sum(summary["ages"].values())
+    assert summary["statuses"] == pd.Series(hostile.statuses).value_counts().to_dict()
+    assert summary["run"]["excluded"] == {
+        "link to a directory": 1,
+        "directory that was reached before, or the output itself": 1,
+    }
+    assert f"{len(hostile.statuses)} files" in scored.stdout
+    assert str(out) in scored.stdout
+
+
+def test_a_second_call_says_so_and_does_nothing(
+    hostile: Hostile, scored: subprocess.CompletedProcess[str], tree: Callable[[Path], Any]
+) -> None:
+    before = tree(hostile.root / "out")
+    again = run_batch(hostile.root, hostile.root / "out", "--max-bytes", 1_000_000)
+    assert again.returncode == 0
+    assert "Nothing to do" in again.stdout
+    assert tree(hostile.root / "out") == before
+
+
+@pytest.fixture
+def tree() -> Callable[[Path], Any]:
+    """What lies below a directory: sizes and times of change."""
+
+    def describe(root: Path) -> dict[str, tuple[int, int]]:
+        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in root.rglob("*")}
+
+    return describe
+
+
+def test_append_adds_what_is_new(hostile: Hostile, scored: subprocess.CompletedProcess[str], blank_png: bytes) -> None:
+    late = hostile.root / "late.png"
+    late.write_bytes(blank_png)
+    try:
+        added = run_batch(hostile.root, hostile.root / "out", "--max-bytes", 1_000_000, "--append")
+    finally:
+        late.unlink()
+    assert added.returncode == 0, added.stderr
+    records = pd.read_parquet(hostile.root / "out")
+    assert records["path"].nunique() == records["id"].nunique() == len(hostile.statuses) + 1
+    assert records.loc[records["id"] == len(hostile.statuses), "path"].tolist() == [str(late)]

@@ -1,0 +1,186 @@
+"""Sources -> manifest: what is found, what is left out, how it is numbered; and names <-> paths."""
+
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agegender import AgeGenderError
+from batch.errors import SourceError
+from batch.listing import MANIFEST_SCHEMA, Input, Listing, block_size, blocks_of
+from batch.location import FileTooLargeError, decode_path, encode_path, is_remote, normalize, read_bytes
+
+Bytes = st.binary(min_size=1, max_size=40).map(lambda name: b"/" + name.replace(b"\0", b"x"))
+
+
+@given(Bytes)
+def test_a_name_gives_back_its_bytes(path: bytes) -> None:
+    assert decode_path(encode_path(path)) == path
+    encode_path(path).encode("utf-8")
+
+
+@given(Bytes, Bytes)
+def test_two_paths_never_share_a_name(one: bytes, other: bytes) -> None:
+    assert (encode_path(one) == encode_path(other)) == (one == other)
+
+
+def test_a_name_is_the_path_itself_unless_it_is_not_utf_8() -> None:
+    assert encode_path("/tmp/café %41.jpg".encode()) == "/tmp/café %41.jpg"
+    assert encode_path(b"/tmp/caf\xe9 %41.jpg") == "file:///tmp/caf%E9%20%2541.jpg"
+    assert normalize("file:///tmp/caf%C3%A9.jpg") == "/tmp/café.jpg"
+
+
+def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert normalize("a/../b.jpg") == str(tmp_path / "b.jpg")
+    assert normalize("s3://bucket/a/") == "s3://bucket/a"
+    assert is_remote("gs://bucket/a")
+    assert not is_remote("/tmp/s3://bucket")
+
+
+def names(*sources: object, **options: object) -> list[str]:
+    listing = Listing([normalize(str(source)) for source in sources], **options)  # type: ignore[arg-type]
+    listing.check()
+    return [each.path for each in listing]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("b/two.jpg", "b/.hidden/three.jpg", "one.jpg", "out/faces.parquet"):
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / name).write_bytes(b"data")
+    return tmp_path / "src"
+
+
+def test_a_directory_is_walked_without_the_output_inside_it(folder: Path) -> None:
+    found = names(folder, skip=str(folder / "out"))
+    assert sorted(found) == [str(folder / name) for name in ("b/.hidden/three.jpg", "b/two.jpg", "one.jpg")]
+
+
+def test_links_to_directories_are_counted_or_entered_once(folder: Path) -> None:
+    (folder / "a").symlink_to(folder / "b")
+    (folder / "b" / "loop").symlink_to(folder)
+    (folder / "elsewhere").symlink_to(folder.parent / "other")
+    (folder.parent / "other").mkdir()
+    (folder.parent / "other" / "four.jpg").write_bytes(b"data")
+    listing = Listing([str(folder)])
+    assert len(list(listing)) == 4
+    assert listing.excluded == {"link to a directory": 3}
+    followed = names(folder, follow_links=True)
+    assert len(followed) == len(set(followed)) == 5
+    assert str(folder / "b/two.jpg") in followed
+    assert str(folder / "elsewhere/four.jpg") in followed
+
+
+def test_a_directory_that_cannot_be_listed_is_an_input_with_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scandir(path: bytes) -> object:
+        if path.endswith(b"/b"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path)
+
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    failed = [each for each in Listing([str(folder)]) if each.error]
+    assert failed == [Input(str(folder / "b"), "the directory cannot be listed: Permission denied")]
+
+
+def test_nesting_deeper_than_a_path_may_be_long(tmp_path: Path) -> None:
+    step, depth = "d" * 200, 30
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir(step, dir_fd=here)
+        below = os.open(step, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    (tmp_path / "beside.jpg").write_bytes(b"data")
+    found = list(Listing([str(tmp_path)]))
+    assert Input(str(tmp_path / "beside.jpg")) in found
+    (too_deep,) = [each for each in found if each.error]
+    assert "File name too long" in str(too_deep.error)
+
+
+def test_overlapping_sources_give_each_input_once(folder: Path) -> None:
+    listing = Listing([str(folder), str(folder / "b"), str(folder / "one.jpg")])
+    found = [each.path for each in listing]
+    assert len(found) == len(set(found)) == 4
+    assert listing.excluded == {"named twice or already in the output": 3}
+
+
+def test_a_glob_matches_files_and_directories(folder: Path) -> None:
+    assert names(folder / "*.jpg") == [str(folder / "one.jpg")]
+    assert sorted(names(folder / "[bo]*")) == sorted(
+        str(folder / name) for name in ("b/two.jpg", "b/.hidden/three.jpg", "one.jpg", "out/faces.parquet")
+    )
+
+
+def test_lists_of_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    expected = [str(folder / "one.jpg"), "/gone\n.jpg", "file:///caf%E9.jpg", "s3://bucket/a b%.jpg"]
+    text = folder / "list.txt"
+    text.write_bytes(b"one.jpg\r\n\nfile:///gone%0A.jpg\n/caf\xe9.jpg\none.jpg\ns3://bucket/a b%.jpg")
+    assert names(text) == expected
+    table = folder / "list.parquet"
+    pq.write_table(pa.table({"path": [*expected, expected[0]]}), table)
+    assert names(table) == expected
+
+
+def test_sources_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="missing does not exist"):
+        names(tmp_path / "missing")
+    with pytest.raises(SourceError, match="cannot be reached"):
+        names("nonsense://bucket/a")
+    wrong = tmp_path / "list.parquet"
+    pq.write_table(pa.table({"file": ["a"]}), wrong)
+    with pytest.raises(SourceError, match="no column `path`, only file"):
+        names(wrong)
+    wrong.write_bytes(b"PAR1")
+    with pytest.raises(SourceError, match="cannot be read"):
+        names(wrong)
+
+
+@given(st.integers(0, 3000), st.integers(0, 10**9))
+def test_blocks_number_every_input_in_order(count: int, first_id: int) -> None:
+    tables = list(blocks_of((Input(f"/{number:06}") for number in reversed(range(count))), first_id=first_id))
+    rows = pa.concat_tables(tables).to_pylist() if tables else []
+    assert [row["block"] for row in rows] == list(range(len(rows)))
+    assert [path for row in rows for path in row["paths"]] == [f"/{number:06}" for number in range(count)]
+    expected_id = first_id
+    for row in rows:
+        assert row["first_id"] == expected_id
+        assert 0 < len(row["paths"]) <= block_size(expected_id - first_id)
+        expected_id += len(row["paths"])
+
+
+def test_ten_thousand_files_in_one_directory(tmp_path: Path) -> None:
+    (tmp_path / "0").write_bytes(b"data")
+    for number in range(1, 10_000):
+        os.link(tmp_path / "0", tmp_path / str(number))
+    (table,) = blocks_of(Listing([str(tmp_path)]))
+    assert table.schema.equals(MANIFEST_SCHEMA)
+    assert sum(map(len, table["paths"].to_pylist())) == 10_000
+    assert table.num_rows < 200
+
+
+def test_reading_refuses_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path, reason in ((tmp_path, "directory"), (tmp_path / "pipe", "named pipe"), ("/dev/zero", "character device")):
+        with pytest.raises(OSError, match=reason):
+            read_bytes(str(path), max_bytes=100)
+
+
+def test_reading_is_bounded(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"12345")
+    assert read_bytes(str(tmp_path / "a"), max_bytes=5) == b"12345"
+    with pytest.raises(FileTooLargeError, match="over the limit"):
+        read_bytes(str(tmp_path / "a"), max_bytes=4)
+    assert issubclass(FileTooLargeError, AgeGenderError)
+    if os.path.exists("/proc/self/status"):  # says that it holds 0 bytes
+        with pytest.raises(FileTooLargeError):
+            read_bytes("/proc/self/status", max_bytes=10)
