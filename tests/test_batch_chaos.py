@@ -1,0 +1,209 @@
+"""The batch job under fire: whatever dies, the end is that of an unbroken run, to the last bit."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+INPUTS = 1500
+TIMEOUT_S = 280
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "batch", *map(str, arguments), "--faces", "whole"]
+
+
+def finish(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+
+
+def outcomes(out: Path) -> pa.Table:
+    assert (out / "_SUCCESS").exists()
+    return pq.read_table(out).sort_by([("id", "ascending"), ("face", "ascending")])
+
+
+@pytest.fixture(scope="module")
+def chips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Many small images, and some files that are none."""
+    folder = tmp_path_factory.mktemp("chips")
+    generator = np.random.default_rng(0)
+    for number in range(INPUTS):
+        path = folder / f"{number:05}.jpg"
+        if number % 100 == 99:
+            path.write_bytes(b"no image")
+            continue
+        noise = generator.integers(0, 256, (12, 12, 3), np.uint8)
+        Image.fromarray(noise).resize((200, 200), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(chips: Path, tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    done = finish(chips, out)
+    assert done.returncode == 0, done.stderr
+    table = outcomes(out)
+    assert table.num_rows == INPUTS
+    return table
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts the job aside; what is left of it is ended after the test."""
+    started = []
+
+    def start_(*arguments: object) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        started.append(process)
+        return process
+
+    yield start_
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def committed(out: Path) -> int:
+    return len([path for path in (out / "_run" / "checkpoint").glob("*.parquet") if ".pending." not in path.name])
+
+
+def wait_for_a_part(process: subprocess.Popen[bytes], out: Path) -> None:
+    """Waits until the job has written one more part, or ended."""
+    before = committed(out)
+    assert wait_for(lambda: process.poll() is not None or committed(out) > before)
+
+
+def test_the_driver_killed_at_20_random_moments(
+    chips: Path, unbroken: pa.Table, tmp_path: Path, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    moments = random.Random(7)
+    out = tmp_path / "0"
+    finished = interrupted = 0
+    for kill in range(20):
+        process = start(chips, out)
+        if kill % 4 == 0:
+            time.sleep(moments.uniform(0.2, 4))  # while it starts
+        else:
+            wait_for_a_part(process, out)
+            time.sleep(moments.uniform(0, 0.7))
+        process.send_signal(signal.SIGKILL)
+        interrupted += process.wait() == -signal.SIGKILL
+        if (out / "_SUCCESS").exists():
+            finished += 1
+            assert outcomes(out).equals(unbroken)
+            out = tmp_path / str(finished)
+    done = finish(chips, out)
+    assert done.returncode == 0, done.stderr
+    assert outcomes(out).equals(unbroken)
+    assert interrupted >= 15
+    assert not (out / "_run").exists()
+
+
+def scorers(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(driver.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if "Scorer" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+def test_workers_killed_while_they_score(
+    chips: Path, unbroken: pa.Table, tmp_path: Path, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    out = tmp_path / "out"
+    process = start(chips, out)
+    killed = 0
+    while killed < 4:
+        wait_for_a_part(process, out)
+        if process.poll() is not None:
+            break
+        for victim in scorers(process)[:1]:
+            victim.kill()
+            killed += 1
+    assert process.wait(TIMEOUT_S) == 0
+    assert killed >= 2
+    assert outcomes(out).equals(unbroken)
+
+
+def test_ctrl_c_stops_within_seconds_and_the_rest_follows(
+    chips: Path, unbroken: pa.Table, tmp_path: Path, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    out = tmp_path / "out"
+    process = start(chips, out)
+    assert wait_for(lambda: committed(out) > 2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(15) == 130
+    assert not (out / "_SUCCESS").exists()
+    done = finish(chips, out)
+    assert "were done before" in done.stdout
+    assert outcomes(out).equals(unbroken)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 400 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_resumed(chips: Path, unbroken: pa.Table, small_disk: Path) -> None:
+    out = small_disk / "out"
+    full = finish(chips, out)
+    assert full.returncode == 1
+    assert "the disk is full" in full.stderr
+    assert "Traceback" not in full.stderr
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    done = finish(chips, out)
+    assert done.returncode == 0, done.stderr
+    assert outcomes(out).equals(unbroken)
+
+
+def test_parts_that_a_power_cut_has_damaged_are_done_again(
+    chips: Path, unbroken: pa.Table, tmp_path: Path, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    out = tmp_path / "out"
+    process = start(chips, out)
+    assert wait_for(lambda: committed(out) > 8)
+    process.kill()
+    process.wait()
+    parts = sorted((out / "_run" / "parts").glob("*.parquet"))
+    os.truncate(parts[0], parts[0].stat().st_size // 2)
+    os.truncate(parts[1], 0)
+    parts[2].unlink()
+    checkpoints = sorted((out / "_run" / "checkpoint").glob("*.parquet"))
+    os.truncate(checkpoints[3], 0)
+    shutil.copy(parts[4], parts[4].with_name("stray-0.parquet"))
+    assert finish(chips, out).returncode == 0
+    assert outcomes(out).equals(unbroken)
