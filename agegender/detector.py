@@ -23,6 +23,11 @@ DETECTOR_SIDE_PX: Final = 640
 # YuNet was made for faces of about 10 to 300 px (OpenCV's FaceDetectorYN documentation). Larger ones are found in a
 # second, small look at the same image.
 _SMALL_SIDE_PX: Final = 224
+
+# Below, YuNet's coarsest grid has a single row or column, and OpenCV (4.14) then computes with memory that it has not
+# written: the same grey image had a face of score 1.0 in some calls and none in others. Black is added up to this size.
+_LEAST_SIDE_PX: Final = 64
+
 _NMS_IOU: Final = 0.3
 _CANDIDATES: Final = 5000
 
@@ -125,9 +130,11 @@ class FaceDetector:
         scale = min(1.0, side_px / max(height, width))
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         seen = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
+        below, beside = (max(0, _LEAST_SIDE_PX - side) for side in seen.shape[:2])
+        framed = cv2.copyMakeBorder(seen, 0, below, 0, beside, cv2.BORDER_CONSTANT)
         network = self._network()
-        network.setInputSize(size)
-        _, rows = network.detect(cv2.cvtColor(seen, cv2.COLOR_RGB2BGR))
+        network.setInputSize((framed.shape[1], framed.shape[0]))
+        _, rows = network.detect(cv2.cvtColor(framed, cv2.COLOR_RGB2BGR))
         back = np.array([width / size[0], height / size[1]], np.float32)
         finite = [row for row in (rows if rows is not None else ()) if np.isfinite(row).all()]
         faces = [_face(row, back, width, height) for row in finite]

@@ -176,6 +176,21 @@ def test_tiny_and_thin_images(shape, fill):
         assert inside(face, pixels)
 
 
+@pytest.mark.parametrize(
+    "shape", [(20, 20), (20, 300), (1, 640), (30, 640), (640, 30), (60, 640), (640, 60), (90, 1300)]
+)
+def test_thin_images_give_the_same_every_time(shape):
+    """Where a side was under 33 px as the network saw it, OpenCV used memory left by the image before."""
+    detector = FaceDetector(min_score=0.0)
+    pixels = np.full((*shape, 3), 127, np.uint8)
+    outcomes = []
+    for seed in range(20):
+        detector.detect(np.random.default_rng(seed).integers(0, 256, (200 + seed, 600, 3), np.uint8))
+        outcomes.append(as_numbers(detector.detect(pixels)))
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+    assert all(score < 0.6 for _, score, _ in outcomes[0])
+
+
 def test_the_image_is_left_as_it_was(detector, group):
     pixels = group.copy()
     detector.detect(pixels)
