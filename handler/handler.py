@@ -6,7 +6,6 @@ TorchServe collects requests into a batch. Whatever one of them holds, the other
 import fcntl
 import json
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from agegender import ImageResult, Model, Predictor
+from agegender.image import quiet_pillow
 from agegender.predictor import FacesMode
 from agegender.records import to_json
 from handler import ARTIFACT, BUSY_LOCK, DETECTOR_WEIGHTS, DRAINING
@@ -43,7 +43,7 @@ class AgeGenderHandler:
         Args:
             context: TorchServe's context of this worker.
         """
-        _warn_on_stderr()
+        quiet_pillow()
         self._directory = Path(context.system_properties["model_dir"])
         self._busy_lock = (self._directory / BUSY_LOCK).open("w")
         self._metrics = Metrics(context.metrics)
@@ -53,6 +53,7 @@ class AgeGenderHandler:
         spec = self._model.spec
         self._about = {"name": spec.name, "version": spec.version, "sha256": self._model.sha256}
         self._predictor(*_detection(Options()))
+        _quiet_log()
 
     def handle(self, rows: Sequence[Mapping[str, Any]], context: Any) -> list[str]:
         """Answers a batch.
@@ -137,11 +138,10 @@ class AgeGenderHandler:
             fcntl.flock(self._busy_lock, fcntl.LOCK_UN)
 
 
-def _warn_on_stderr() -> None:
-    """TorchServe logs what a worker writes there as a warning, and the rest of its output at a level that is off."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.WARNING)
-    logging.getLogger().addHandler(handler)
+def _quiet_log() -> None:
+    """Once the model is loaded: warnings, and the metrics, which are lines of the log to TorchServe."""
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("ts.metrics").setLevel(logging.INFO)
 
 
 def _device(gpu_id: Any) -> str:

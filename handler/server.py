@@ -4,7 +4,9 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,13 +21,15 @@ import psutil
 
 from handler import BUSY_LOCK, DRAINING, MODEL_NAME
 
-__all__ = ["Server", "ServingError", "java_home"]
+__all__ = ["Server", "ServingError", "copy_settings", "java_home"]
 
 LEAST_JAVA: Final = 17
 KEY_FILE: Final = "key_file.json"
 _LOG: Final = Path("logs/torchserve.log")
 _PID_FILE: Final = ".model_server.pid"  # torchserve's own, in its temporary directory
 _JAVA_MAIN: Final = "org.pytorch.serve.ModelServer"
+
+_TELLING: Final = re.compile(r"\w+(Error|Exception):|Failed|Invalid configuration|not found")
 
 
 class ServingError(Exception):
@@ -154,11 +158,12 @@ class Server:
             time.sleep(0.2)
 
     def _last_words(self) -> str:
-        for log in (self.temporary / "start.log", self.directory / _LOG):
+        """The last line that tells of an error, of the server's log or of what it printed."""
+        for log in (self.directory / _LOG, self.temporary / "start.log"):
             lines = log.read_text(errors="replace").splitlines() if log.exists() else []
             for line in reversed(lines):
-                if any(word in line for word in ("Error", "Exception", "Invalid", "Failed", "not found")):
-                    return f"{line.strip()[:300]} (more in {log})"
+                if _TELLING.search(line):
+                    return f"{line.strip()[-300:]} (more in {log})"
         return f"see {self.directory / _LOG}"
 
     def _drain(self, workers: list[psutil.Process], deadline: float) -> None:
@@ -190,6 +195,25 @@ class Server:
 
     def _path(self, name: str, default: str) -> Path:
         return self.directory / self.settings.get(name, default)
+
+
+def copy_settings(config: Path, directory: Path) -> Path:
+    """Writes a copy of settings for a server of its own, in another directory and on ports that nobody listens on.
+
+    For tests and benchmarks, which leave the machine's real server alone.
+
+    Returns:
+        The copy.
+    """
+    text = config.read_text()
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
+    for standard, free in zip(("8080", "8081", "8082", "7070", "7071"), sockets, strict=True):
+        text = re.sub(rf"(?<=[:=]){standard}$", str(free.getsockname()[1]), text, flags=re.MULTILINE)
+        free.close()
+    text = text.replace("configurationFile=", f"configurationFile={config.resolve().parent}/")
+    target = directory / config.name
+    target.write_text(text)
+    return target
 
 
 def java_home() -> Path:

@@ -3,8 +3,6 @@
 import io
 import json
 import os
-import re
-import socket
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 
 from agegender import Predictor
 from handler.archive import build_archive
-from handler.server import Server
+from handler.server import Server, copy_settings
 from tests.hostile import Ask
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -138,24 +136,12 @@ def new_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[]
     def make() -> Server:
         directory = tmp_path_factory.mktemp("torchserve")
         build_archive(MODEL, directory / "model_store" / "agegender.mar")
-        (directory / "config.properties").write_text(_on_free_ports((REPOSITORY / "config.properties").read_text()))
-        servers.append(Server(directory / "config.properties", directory))
+        servers.append(Server(copy_settings(REPOSITORY / "config.properties", directory), directory))
         return servers[-1]
 
     yield make
     for server in servers:
         server.stop(drain_s=0)
-
-
-def _on_free_ports(settings: str) -> str:
-    """The same settings with ports that nobody listens on, and with the log's settings found from anywhere."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
-    ports = [str(each.getsockname()[1]) for each in sockets]
-    for standard, free in zip(("8080", "8081", "8082", "7070", "7071"), ports, strict=True):
-        settings = re.sub(rf"(?<=[:=]){standard}$", free, settings, flags=re.MULTILINE)
-    for each in sockets:
-        each.close()
-    return settings.replace("handler/log4j2.xml", str(REPOSITORY / "handler" / "log4j2.xml"))
 
 
 @pytest.fixture(scope="session")
