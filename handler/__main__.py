@@ -1,6 +1,7 @@
-"""`python -m handler archive|start|stop|status|live|ready|java|stubs`: for people and orchestrators."""
+"""`python -m handler COMMAND`: the server's commands, for people and orchestrators."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from handler.stubs import build_stubs
 _COMMANDS = {
     "archive": "build the archive that the server loads",
     "start": "start the server; returns when it answers predictions",
+    "run": "start the server and stay until it ends or SIGTERM asks to stop it, as service managers like it",
     "stop": "let running requests finish, then stop the server",
     "status": "show versions, workers and queue",
     "live": "exit code 0 where the server answers at all",
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "archive":
-            return _archive()
+            return _archive(options.model, options.output)
         if options.command == "java":
             print(java_home() / "bin" / "java")
             return 0
@@ -50,20 +52,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _archive() -> int:
+def _archive(model: Path | None, target: Path | None) -> int:
     from agegender import AgeGenderError  # here, since torch is no small thing to load for a probe
+    from agegender.model import DEFAULT_MODEL
     from handler.archive import ARCHIVE, build_archive
 
+    target = target or ARCHIVE
     try:
-        version = build_archive()
-    except AgeGenderError as error:
+        version = build_archive(model or DEFAULT_MODEL, target)
+    except (AgeGenderError, OSError) as error:
         raise ServingError(f"no archive can be built: {error}") from error
-    print(f"{ARCHIVE}: model {MODEL_NAME}, version {version}, {ARCHIVE.stat().st_size / 1e6:.1f} MB")
+    print(f"{target}: model {MODEL_NAME}, version {version}, {target.stat().st_size / 1e6:.1f} MB")
     return 0
 
 
 def _serve(options: argparse.Namespace) -> int:
     server = Server(options.config)
+    if options.command == "run":
+        return _run(server, options.timeout)
     if options.command == "start":
         server.start(options.timeout)
         print(
@@ -78,6 +84,20 @@ def _serve(options: argparse.Namespace) -> int:
         print("yes" if answer else "no")
         return 0 if answer else 1
     return 0
+
+
+def _run(server: Server, timeout_s: float) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
+    try:
+        server.start(timeout_s)
+        print(server.describe(), flush=True)
+        while process := server.process():
+            process.wait()
+    except KeyboardInterrupt:
+        server.stop()
+        return 0
+    server.stop(drain_s=0)
+    raise ServingError("the server ended by itself; its log in logs/torchserve.log says why")
 
 
 if __name__ == "__main__":
