@@ -1,7 +1,7 @@
 """Samples -> chips, cut by the core's own code once and kept on disk.
 
-A chip is kept under the SHA-256 of its picture's bytes, in a file named after everything that decides how it is cut:
-the chip's size, the source of the core's modules, the detector's weights and the versions of Pillow and OpenCV.
+A chip is kept under the SHA-256 of its picture's bytes, in a folder named after everything that decides how it is cut:
+the chip's geometry, the source of the core's modules, the detector's weights and the versions of Pillow and OpenCV.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +23,7 @@ from tqdm import tqdm
 import agegender.chips
 import agegender.detector
 import agegender.image
-from agegender import AgeGenderError
+from agegender import AgeGenderError, FaceDetector, cut_chip, decode_image
 from training.data import Rejected, Sample
 
 __all__ = ["ChipCache", "cutting_version", "load_chips"]
@@ -32,20 +33,29 @@ _CUTTERS: Final = (agegender.image, agegender.detector, agegender.chips)
 
 @dataclass(frozen=True)
 class ChipCache:
-    """Chips in a memory-mapped array.
+    """Where the chips of many pictures lie.
 
     Attributes:
-        chips: (N, S, S, 3) uint8 RGB.
+        path: NumPy file of the chips, (N, S, S, 3) uint8 RGB.
         rows: digest of a picture -> its row.
     """
 
-    chips: npt.NDArray[np.uint8]
+    path: Path
     rows: dict[str, int]
 
+    def open(self) -> npt.NDArray[np.uint8]:
+        """The chips, memory-mapped."""
+        chips: npt.NDArray[np.uint8] = np.load(self.path, mmap_mode="r")
+        return chips
 
-def cutting_version(size_px: int) -> str:
+    def read(self, samples: Sequence[Sample]) -> npt.NDArray[np.uint8]:
+        """The chips of some samples, in memory and in their order."""
+        return self.open()[[self.rows[sample.digest] for sample in samples]]
+
+
+def cutting_version(size_px: int, margin: float) -> str:
     """Sixteen hex digits that change whenever a chip could come out otherwise."""
-    state = hashlib.sha256(f"{size_px} {PIL.__version__} {cv2.__version__}".encode())
+    state = hashlib.sha256(f"{size_px} {margin} {PIL.__version__} {cv2.__version__}".encode())
     state.update(agegender.detector.detector_weights())
     for module in _CUTTERS:
         state.update(Path(str(module.__file__)).read_bytes())
@@ -53,22 +63,20 @@ def cutting_version(size_px: int) -> str:
 
 
 def load_chips(
-    samples: Sequence[Sample], size_px: int, cache_dir: Path, rejected: Rejected, *, processes: int | None = None
+    samples: Sequence[Sample], size_px: int, margin: float, cache_dir: Path, rejected: Rejected
 ) -> tuple[list[Sample], ChipCache]:
-    """Returns the samples that gave a chip, with their chips; the others are added to `rejected`."""
-    folder = cache_dir / f"chips-{size_px}-{cutting_version(size_px)}"
+    """Cuts the chips that are missing, and returns the samples that have one; the others are added to `rejected`."""
+    folder = cache_dir / f"chips-{size_px}-{cutting_version(size_px, margin)}"
     folder.mkdir(parents=True, exist_ok=True)
     known = _read_index(folder)
     missing = [sample for sample in samples if sample.digest not in known]
     if missing:
-        known = _extend(folder, known, missing, size_px, processes)
-    failed = {sample.digest: known[sample.digest] for sample in samples if isinstance(known[sample.digest], str)}
-    for sample in samples:
-        if sample.digest in failed:
-            rejected.reasons[sample.path] = str(failed[sample.digest])
-    chips = np.load(folder / "chips.npy", mmap_mode="r")
+        known = _extend(folder, known, missing, partial(_cut, size_px=size_px, margin=margin), size_px)
     rows = {digest: row for digest, row in known.items() if isinstance(row, int)}
-    return [sample for sample in samples if sample.digest not in failed], ChipCache(chips, rows)
+    for sample in samples:
+        if sample.digest not in rows:
+            rejected.reasons[sample.path] = str(known[sample.digest])
+    return [sample for sample in samples if sample.digest in rows], ChipCache(folder / "chips.npy", rows)
 
 
 def _read_index(folder: Path) -> dict[str, int | str]:
@@ -81,7 +89,7 @@ def _read_index(folder: Path) -> dict[str, int | str]:
 
 
 def _extend(
-    folder: Path, known: dict[str, int | str], missing: Sequence[Sample], size_px: int, processes: int | None
+    folder: Path, known: dict[str, int | str], missing: Sequence[Sample], cut: "partial[_Chip | str]", size_px: int
 ) -> dict[str, int | str]:
     """Writes a larger array and index beside the old ones, then puts them in place: array first, index last."""
     old = sum(isinstance(row, int) for row in known.values())
@@ -91,10 +99,10 @@ def _extend(
     if old:
         chips[:old] = np.load(folder / "chips.npy", mmap_mode="r")[:old]
     index, row = dict(known), old
-    for sample, cut in zip(missing, _cut_all(missing, size_px, processes), strict=True):
-        index[sample.digest] = cut if isinstance(cut, str) else row
-        if not isinstance(cut, str):
-            chips[row] = cut
+    for sample, chip in zip(missing, _cut_all(missing, cut), strict=True):
+        index[sample.digest] = chip if isinstance(chip, str) else row
+        if not isinstance(chip, str):
+            chips[row] = chip
             row += 1
     chips.flush()
     (folder / "index.tmp.json").write_text(json.dumps(index))
@@ -103,27 +111,20 @@ def _extend(
     return index
 
 
-def _cut_all(samples: Sequence[Sample], size_px: int, processes: int | None) -> Iterator[npt.NDArray[np.uint8] | str]:
-    with ProcessPoolExecutor(processes, initializer=_start_cutter, initargs=(size_px,)) as pool:
-        chips = pool.map(_cut, [sample.path for sample in samples], chunksize=64)
-        yield from tqdm(chips, total=len(samples), desc="cutting chips", unit="img")
+_Chip = npt.NDArray[np.uint8]
 
 
-_cutter: tuple[agegender.detector.FaceDetector, int] | None = None  # set in the pool's processes alone
+def _cut_all(samples: Sequence[Sample], cut: "partial[_Chip | str]") -> Iterator[_Chip | str]:
+    with ProcessPoolExecutor(initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        chips = pool.map(cut, [sample.path for sample in samples], chunksize=64)
+        yield from tqdm(chips, total=len(samples), desc="cutting chips", unit="img", mininterval=1)
 
 
-def _start_cutter(size_px: int) -> None:
-    global _cutter
-    cv2.setNumThreads(1)
-    _cutter = (agegender.detector.FaceDetector(max_faces=1), size_px)
-
-
-def _cut(path: Path) -> npt.NDArray[np.uint8] | str:
-    assert _cutter is not None
-    detector, size_px = _cutter
+def _cut(path: Path, *, size_px: int, margin: float) -> _Chip | str:
+    """The chip of a picture's largest face, or the reason why there is none."""
     try:
-        pixels = agegender.image.decode_image(path.read_bytes())
+        pixels = decode_image(path.read_bytes())
     except (AgeGenderError, OSError) as error:
         return f"unreadable: {error}"
-    faces = detector.detect(pixels)
-    return agegender.chips.cut_chip(pixels, faces[0], size_px) if faces else "no face found"
+    faces = FaceDetector(max_faces=1).detect(pixels)
+    return cut_chip(pixels, faces[0], size_px, margin=margin) if faces else "no face found"

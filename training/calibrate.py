@@ -1,5 +1,13 @@
-"""Logits of the validation split -> calibration of the age interval and of the gender probability."""
+"""Logits of the validation split -> calibration of the age interval and of the gender probability.
 
+The interval is label-conditional (Mondrian) conformal prediction with normalized residuals (Vovk, Gammerman & Shafer,
+Algorithmic Learning in a Random World, 2005, section 4.5; Papadopoulos et al. 2008). An age y belongs to a face's
+prediction set when |y - prediction| is at most r(y) times the spread of the face's predicted distribution, where r(y)
+is the conformal quantile of the validation faces of y's age band. The interval is the set's hull. So coverage holds in
+each age band, for the very old too, whom the network takes for younger, and the width adapts to the face.
+"""
+
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -7,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from training.loop import Raw
-from training.loss import expected_age
-from training.network import AGE_BINS
+from training.metrics import AGE_BANDS
+from training.network import AGE_BINS, Logits
 
-__all__ = ["COVERAGE", "Calibration", "calibrate"]
+__all__ = ["COVERAGE", "Calibration", "age_interval", "calibrate"]
 
 COVERAGE: Final = 0.9
+
+# A band with fewer validation faces than this takes the quantile of all faces.
+_LEAST_FACES: Final = 20
 
 
 @dataclass(frozen=True)
@@ -21,34 +31,63 @@ class Calibration:
     """Numbers that turn the network's raw output into calibrated predictions.
 
     Attributes:
-        edges_years: predicted ages that separate the groups calibrated each by itself.
-        quantiles: per group, how many spreads the interval reaches below and above the predicted age.
-        spread_floor_years: added in quadrature to the standard deviation of the predicted distribution.
+        radii: r(y) for each year from 0 to 116, in spreads.
         gender_temperature: divides the gender logits.
     """
 
-    edges_years: tuple[float, ...]
-    quantiles: tuple[tuple[float, float], ...]
-    spread_floor_years: float
+    radii: tuple[float, ...]
     gender_temperature: float
 
 
-_EDGES: Final = (3.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0)
-_FLOOR: Final = 0.5
+def age_interval(age_logits: Tensor, radii: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Point prediction and interval, in code that TorchScript compiles.
+
+    Args:
+        age_logits: (N, 117) float32.
+        radii: (117,) float32, see `Calibration`.
+
+    Returns:
+        age, age_low, age_high: (N,) float32, years, with age_low <= age <= age_high.
+    """
+    age, spread = _age_and_spread(age_logits)
+    years = torch.arange(age_logits.shape[1], device=age_logits.device).to(age_logits.dtype)
+    inside = (years[None, :] - age[:, None]).abs() <= radii[None, :] * spread[:, None]
+    low = torch.where(inside, years, age[:, None]).min(dim=1).values
+    high = torch.where(inside, years, age[:, None]).max(dim=1).values
+    return age, low, high
 
 
-def calibrate(raw: Raw, ages: Tensor, genders: Tensor) -> Calibration:
-    age = expected_age(raw.age_logits)
-    probs = raw.age_logits.softmax(dim=1)
-    years = torch.arange(AGE_BINS, dtype=torch.float32)
-    spread = ((probs * (years - age[:, None]) ** 2).sum(dim=1) + _FLOOR**2).sqrt()
-    score = (ages - age) / spread
-    group = torch.bucketize(age, torch.tensor(_EDGES))
-    quantiles = []
-    for index in range(len(_EDGES) + 1):
-        own = score[group == index] if (group == index).sum() > 50 else score
-        quantiles.append((float(-own.quantile(0.05)), float(own.quantile(0.95))))
-    return Calibration(_EDGES, tuple(quantiles), _FLOOR, _temperature(raw.gender_logits, genders))
+def calibrate(logits: Logits, ages: Tensor, genders: Tensor) -> Calibration:
+    """Fits the calibration.
+
+    Args:
+        logits: of N validation faces.
+        ages: (N,) float32, labelled, years.
+        genders: (N,) int64, labelled.
+    """
+    age, spread = _age_and_spread(logits.age)
+    scores = (ages - age).abs() / spread
+    radii = [0.0] * AGE_BINS
+    for low, high in AGE_BANDS:
+        own = scores[(ages >= low) & (ages <= high)]
+        radius = _conformal_quantile(own if len(own) >= _LEAST_FACES else scores)
+        radii[low : high + 1] = [radius] * (high + 1 - low)
+    return Calibration(tuple(radii), _temperature(logits.gender, genders))
+
+
+def _age_and_spread(age_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, 117) logits -> expectation and standard deviation in years, the latter at least half a year or so."""
+    probs = age_logits.softmax(dim=1)
+    years = torch.arange(age_logits.shape[1], device=age_logits.device).to(age_logits.dtype)
+    age = probs @ years
+    variance = (probs * (years[None, :] - age[:, None]) ** 2).sum(dim=1)
+    return age, torch.sqrt(variance + 0.25)
+
+
+def _conformal_quantile(scores: Tensor) -> float:
+    """The ceil((n + 1) coverage)-th smallest score, which covers a new one with at least that probability."""
+    rank = math.ceil((len(scores) + 1) * COVERAGE)
+    return scores.sort().values[min(rank, len(scores)) - 1].item()
 
 
 def _temperature(logits: Tensor, labels: Tensor) -> float:
@@ -63,4 +102,4 @@ def _temperature(logits: Tensor, labels: Tensor) -> float:
         return loss
 
     optimizer.step(closure)
-    return float(log_temperature.exp())
+    return float(log_temperature.detach().exp())

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from agegender.model import SPEC_FILE, ModelSpec
-from training.calibrate import Calibration
-from training.network import AGE_BINS, Network
+from training.calibrate import Calibration, age_interval
+from training.network import Network
 
 __all__ = ["Artifact", "export"]
 
@@ -27,13 +27,12 @@ class Output(NamedTuple):
 class Artifact(nn.Module):
     """Network and calibration in one module: chips in, calibrated predictions out."""
 
+    radii: Tensor
+
     def __init__(self, network: Network, calibration: Calibration) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("years", torch.arange(AGE_BINS, dtype=torch.float32))
-        self.register_buffer("quantiles", torch.tensor(calibration.quantiles, dtype=torch.float32))
-        self.register_buffer("edges", torch.tensor(calibration.edges_years, dtype=torch.float32))
-        self.spread_floor = calibration.spread_floor_years
+        self.register_buffer("radii", torch.tensor(calibration.radii))
         self.gender_temperature = calibration.gender_temperature
 
     def forward(self, chips: Tensor) -> Output:
@@ -46,14 +45,7 @@ class Artifact(nn.Module):
             age, age_low, age_high: (N,) float32, years, within 0 to 116; gender_logits: (N, 2) float32, calibrated.
         """
         age_logits, gender_logits = self.network(chips)
-        probs = age_logits.softmax(dim=1)
-        age = probs @ self.years
-        variance = (probs * (self.years[None, :] - age[:, None]) ** 2).sum(dim=1)
-        spread = torch.sqrt(variance + self.spread_floor**2)
-        quantiles = self.quantiles[torch.bucketize(age, self.edges)]
-        last = float(self.years.shape[0] - 1)
-        age_low = (age - quantiles[:, 0] * spread).clamp(0.0, last)
-        age_high = (age + quantiles[:, 1] * spread).clamp(0.0, last)
+        age, age_low, age_high = age_interval(age_logits, self.radii)
         return Output(age, age_low, age_high, gender_logits / self.gender_temperature)
 
 

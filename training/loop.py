@@ -3,7 +3,7 @@
 import csv
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +12,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
@@ -22,31 +24,29 @@ from agegender.image import Pixels
 from training.augment import augment
 from training.cache import ChipCache
 from training.data import Sample
-from training.loss import criterion, expected_age
-from training.network import Network
+from training.dataset import Faces
+from training.loss import Targets, criterion, expected_age
+from training.network import Logits, Network
 from training.options import TrainOptions
 
-__all__ = ["EpochResult", "Raw", "predict_logits", "train"]
+__all__ = ["BEST", "EpochResult", "predict_logits", "read_curve", "train"]
 
+BEST: Final = "best.pt"
+_LAST: Final = "last.pt"
+_CURVE: Final = "curve.csv"
 _GRADIENT_CLIP: Final = 5.0
 _WARM_UP_SHARE: Final = 0.1
 _EVAL_BATCH: Final = 128
 
-# A tenth more gender errors weighs as much as a year more of age error when the best epoch is chosen.
+# One more error per ten genders weighs as much as one more year of age error when the best epoch is chosen.
 _YEARS_PER_ERROR_RATE: Final = 10.0
 
-
-@dataclass(frozen=True)
-class Raw:
-    """The network's uncalibrated output for N chips: age logits (N, 117) and gender logits (N, 2), float32."""
-
-    age_logits: Tensor
-    gender_logits: Tensor
+Batch = tuple[Tensor, Tensor]  # chips (N, 3, S, S) uint8, rows (N,) of the targets
 
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One row of the learning curves."""
+    """One row of the learning curves; the validation figures are those of the averaged weights."""
 
     epoch: int
     size_px: int
@@ -61,60 +61,66 @@ class EpochResult:
         return self.val_age_mae_years + _YEARS_PER_ERROR_RATE * (1 - self.val_gender_accuracy)
 
 
-class AugmentedChips(Dataset[tuple[Pixels, float, int]]):
-    """The training split of one epoch; what a chip becomes depends on seed, epoch and index alone."""
+class AugmentedChips(Dataset[tuple[Pixels, int]]):
+    """The training split in one epoch: what a chip becomes depends on seed, epoch and index alone."""
 
-    def __init__(self, samples: list[Sample], cache: ChipCache, size_px: int, seed: int, epoch: int) -> None:
-        self.samples, self.cache, self.size_px, self.seed, self.epoch = samples, cache, size_px, seed, epoch
+    def __init__(self, samples: Sequence[Sample], cache: ChipCache, size_px: int, seed: int, epoch: int) -> None:
+        self.chips = cache.open()
+        self.rows = [cache.rows[sample.digest] for sample in samples]
+        self.size_px, self.seed, self.epoch = size_px, seed, epoch
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Pixels, float, int]:
-        sample = self.samples[index]
+    def __getitem__(self, index: int) -> tuple[Pixels, int]:
         rng = np.random.default_rng((self.seed, self.epoch, index))
-        chip = augment(np.asarray(self.cache.chips[self.cache.rows[sample.digest]]), self.size_px, rng)
-        return chip, float(sample.labels.age_years), sample.labels.gender
+        return augment(self.chips[self.rows[index]], self.size_px, rng), index
 
 
-def train(
-    network: Network,
-    train_samples: list[Sample],
-    train_cache: ChipCache,
-    val_samples: list[Sample],
-    val_chips: npt.NDArray[np.uint8],
-    options: TrainOptions,
-    device: torch.device,
-) -> list[EpochResult]:
-    """Trains, writes `last.pt` after each epoch and `best.pt` after each better one, and returns the curves.
+def train(network: Network, faces: Faces, targets: Targets, options: TrainOptions, device: torch.device) -> None:
+    """Trains, and leaves `best.pt` and the learning curves in `options.out_dir`.
 
-    With `options.resume` it goes on behind the last whole epoch found in `out_dir`, with the result of an unbroken run.
+    Each epoch ends with a checkpoint. With `options.resume` the run goes on behind the last one, with the result of an
+    unbroken run. Inside a torch.distributed process group, each process takes its share of every batch, and the first
+    one validates and writes.
+
+    Args:
+        network: where to start; changed in place.
+        faces: the splits.
+        targets: of the training split, in its order.
+        options: of the run.
+        device: where the network runs.
     """
-    network = network.to(device, memory_format=torch.channels_last)
-    ema = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.ema_decay), use_buffers=True)
-    optimizer = torch.optim.AdamW(_parameter_groups(network, options.weight_decay), lr=options.lr, fused=True)
-    steps = max(1, len(train_samples) // options.batch_size)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, total_steps=steps * options.epochs + 1, pct_start=_WARM_UP_SHARE
-    )
-    state = _State(network, ema, optimizer, scheduler)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    state = _start(network, len(faces.samples["train"]), options)
     curve = _resume(state, options) if options.resume else []
-    writer = SummaryWriter(str(options.out_dir / "tensorboard"), purge_step=len(curve))
+    replica = DistributedDataParallel(network) if world > 1 else network
+    val_chips = faces.chips.read(faces.samples["val"]) if rank == 0 else None
     for epoch in range(len(curve), options.epochs):
         if _out_of_patience(curve, options.patience):
             break
         _seed_everything(options.seed, epoch)
         size_px = options.train_size(epoch)
-        batches = _batches(AugmentedChips(train_samples, train_cache, size_px, options.seed, epoch), options)
-        loss = _train_one_epoch(state, batches, steps, options, device, f"epoch {epoch + 1}/{options.epochs}")
-        result = _validate(ema.module, val_samples, val_chips, device)
-        curve.append(EpochResult(epoch, size_px, scheduler.get_last_lr()[0], loss, *result))
-        _record(curve, writer, options.out_dir)
-        if curve[-1].score <= min(row.score for row in curve):
-            _save(ema.module.state_dict(), options.out_dir / "best.pt")
-        _save({"state": state.state_dict(), "curve": [asdict(row) for row in curve]}, options.out_dir / "last.pt")
-    writer.close()
-    return curve
+        chips = AugmentedChips(faces.samples["train"], faces.train_chips, size_px, options.seed, epoch)
+        batches = _batches(chips, options, rank, world)
+        loss = _train_one_epoch(replica, state, batches, targets, options, device, epoch)
+        if val_chips is not None:
+            lr = float(state.scheduler.get_last_lr()[0])
+            mae, accuracy = _validate(state.ema.module, faces.samples["val"], val_chips, device)
+            curve.append(EpochResult(epoch, size_px, lr, loss, mae, accuracy))
+            _keep(state, curve, options.out_dir)
+        else:
+            curve.append(EpochResult(epoch, size_px, 0.0, loss, 0.0, 0.0))
+
+
+def read_curve(out_dir: Path) -> list[EpochResult]:
+    """The learning curves of a run."""
+    with (out_dir / _CURVE).open(newline="") as file:
+        return [
+            EpochResult(int(row["epoch"]), int(row["size_px"]), *(float(value) for value in list(row.values())[2:]))
+            for row in csv.DictReader(file)
+        ]
 
 
 @dataclass(frozen=True)
@@ -134,9 +140,29 @@ class _State:
             getattr(self, name).load_state_dict(value)
 
 
+def _start(network: Network, samples: int, options: TrainOptions) -> _State:
+    steps = max(1, samples // options.batch_size) * options.epochs
+    optimizer = torch.optim.AdamW(_parameter_groups(network, options.weight_decay), lr=options.lr, fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.lr, total_steps=steps + 1, pct_start=_WARM_UP_SHARE
+    )
+    ema = AveragedModel(network, multi_avg_fn=_warmed_up_average(options.ema_decay), use_buffers=True)
+    return _State(network, ema, optimizer, scheduler)
+
+
+def _warmed_up_average(decay: float) -> Callable[..., None]:
+    """Exponential average whose memory grows with the steps, so that the initial weights do not linger in it."""
+
+    def update(averaged: Any, current: Any, count: Tensor | int) -> None:
+        steps = int(count)
+        get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averaged, current, count)
+
+    return update
+
+
 def _resume(state: _State, options: TrainOptions) -> list[EpochResult]:
     try:
-        checkpoint = torch.load(options.out_dir / "last.pt", weights_only=True)
+        checkpoint = torch.load(options.out_dir / _LAST, weights_only=True)
     except FileNotFoundError:
         return []
     state.load_state_dict(checkpoint["state"])
@@ -162,96 +188,108 @@ def _seed_everything(seed: int, epoch: int) -> None:
     random.seed(seed * 100_003 + epoch)
 
 
-def _batches(dataset: AugmentedChips, options: TrainOptions) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    loader: DataLoader[tuple[Pixels, float, int]] = DataLoader(
-        dataset,
-        batch_size=options.batch_size,
-        shuffle=True,
-        drop_last=len(dataset) >= options.batch_size,
+def _batches(dataset: AugmentedChips, options: TrainOptions, rank: int, world: int) -> "DataLoader[Batch]":
+    """This process's share of each batch of the epoch, in an order drawn from the seed."""
+    size = min(options.batch_size, len(dataset))
+    generator = torch.Generator().manual_seed(options.seed * 100_003 + dataset.epoch)
+    order = torch.randperm(len(dataset), generator=generator)[: len(dataset) // size * size]
+    return DataLoader(
+        dataset,  # type: ignore[arg-type]  # _collate makes batches of its items
+        batch_sampler=order.view(-1, size)[:, rank::world].tolist(),
         num_workers=options.num_workers,
         prefetch_factor=4 if options.num_workers else None,
         worker_init_fn=_start_worker,
         collate_fn=_collate,
-        generator=torch.Generator().manual_seed(options.seed * 100_003 + dataset.epoch),
     )
-    return iter(loader)
 
 
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)  # the cores belong to the network
 
 
-def _collate(items: list[tuple[Pixels, float, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    chips, ages, genders = zip(*items, strict=True)
-    batch = torch.from_numpy(np.stack(chips)).permute(0, 3, 1, 2)  # channels_last without a copy
-    return batch, torch.tensor(ages, dtype=torch.float32), torch.tensor(genders)
+def _collate(items: list[tuple[Pixels, int]]) -> Batch:
+    chips, rows = zip(*items, strict=True)
+    return torch.from_numpy(np.stack(chips)).permute(0, 3, 1, 2), torch.tensor(rows)  # channels_last without a copy
 
 
 def _train_one_epoch(
+    replica: nn.Module,
     state: _State,
-    batches: Iterator[tuple[Tensor, Tensor, Tensor]],
-    steps: int,
+    batches: "DataLoader[Batch]",
+    targets: Targets,
     options: TrainOptions,
     device: torch.device,
-    title: str,
+    epoch: int,
 ) -> float:
-    state.network.train()
+    """Returns the mean loss of this process's share."""
+    replica.train()
     total = 0.0
-    with tqdm(batches, desc=title, total=steps, unit="batch", mininterval=2) as bar:
-        for step, (chips, age, gender) in enumerate(bar, 1):
+    quiet = dist.is_initialized() and dist.get_rank() > 0
+    title = f"epoch {epoch + 1}/{options.epochs}"
+    with tqdm(batches, desc=title, unit="batch", mininterval=1, disable=quiet) as bar:
+        for step, (chips, rows) in enumerate(bar, 1):
             with torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
-                logits = state.network(chips.to(device))
+                age, gender = replica(chips.to(device))
             loss = criterion(
-                type(logits)(logits.age.float(), logits.gender.float()),
-                age.to(device),
-                gender.to(device),
+                Logits(age.float(), gender.float()),
+                targets.at(rows).to(device),
                 age_loss=options.age_loss,
                 gender_weight=options.gender_loss_weight,
             )
-            state.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(state.network.parameters(), _GRADIENT_CLIP)
-            state.optimizer.step()
-            state.scheduler.step()
-            state.ema.update_parameters(state.network)
+            _step(state, loss)
             total += loss.item()
-            bar.set_postfix(loss=f"{total / step:.3f}", rate=f"{bar.format_dict['rate'] or 0:.2f}", refresh=False)
-    return total / steps
+            bar.set_postfix(loss=f"{total / step:.3f}", refresh=False)
+    return total / len(batches)
+
+
+def _step(state: _State, loss: Tensor) -> None:
+    state.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(state.network.parameters(), _GRADIENT_CLIP)
+    state.optimizer.step()
+    state.scheduler.step()
+    state.ema.update_parameters(state.network)
 
 
 def _validate(
-    network: nn.Module, samples: list[Sample], chips: npt.NDArray[np.uint8], device: torch.device
+    network: nn.Module, samples: Sequence[Sample], chips: npt.NDArray[np.uint8], device: torch.device
 ) -> tuple[float, float]:
-    raw = predict_logits(network, chips, device)
+    """Age MAE in years and gender accuracy."""
+    logits = predict_logits(network, chips, device)
     ages = torch.tensor([float(sample.labels.age_years) for sample in samples])
     genders = torch.tensor([sample.labels.gender for sample in samples])
-    mae = (expected_age(raw.age_logits) - ages).abs().mean().item()
-    return mae, (raw.gender_logits.argmax(dim=1) == genders).float().mean().item()
+    mae = (expected_age(logits.age) - ages).abs().mean().item()
+    return mae, (logits.gender.argmax(dim=1) == genders).float().mean().item()
 
 
 @torch.inference_mode()
-def predict_logits(network: nn.Module, chips: npt.NDArray[np.uint8], device: torch.device) -> Raw:
-    """Runs the network over (N, S, S, 3) uint8 chips."""
+def predict_logits(network: nn.Module, chips: npt.NDArray[np.uint8], device: torch.device) -> Logits:
+    """Runs the network over (N, S, S, 3) uint8 chips; the logits come back on the CPU in float32."""
     network.eval()
     parts = []
     for start in range(0, len(chips), _EVAL_BATCH):
-        batch = torch.from_numpy(np.ascontiguousarray(chips[start : start + _EVAL_BATCH])).permute(0, 3, 1, 2)
-        parts.append(tuple(part.float().cpu() for part in network(batch.to(device))))
-    return Raw(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        batch = torch.from_numpy(chips[start : start + _EVAL_BATCH]).permute(0, 3, 1, 2)
+        parts.append([part.float().cpu() for part in network(batch.to(device))])
+    return Logits(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _record(curve: list[EpochResult], writer: SummaryWriter, out_dir: Path) -> None:
+def _keep(state: _State, curve: list[EpochResult], out_dir: Path) -> None:
+    """Writes the curves, the weights if they are the best so far, and last the checkpoint."""
     row = curve[-1]
-    for name, value in asdict(row).items():
-        writer.add_scalar(name, value, row.epoch)
-    with (out_dir / "curve.csv").open("w", newline="") as file:
+    with SummaryWriter(str(out_dir / "tensorboard"), purge_step=row.epoch) as writer:
+        for name, value in asdict(row).items():
+            writer.add_scalar(name, value, row.epoch)
+    with (out_dir / _CURVE).open("w", newline="") as file:
         table = csv.DictWriter(file, list(asdict(row)))
         table.writeheader()
         table.writerows(asdict(each) for each in curve)
     tqdm.write(
-        f"epoch {row.epoch + 1}: loss {row.train_loss:.3f}, val age MAE {row.val_age_mae_years:.3f} years, "
-        f"val gender accuracy {row.val_gender_accuracy:.2%}"
+        f"epoch {row.epoch + 1}: loss {row.train_loss:.3f}, validation age MAE {row.val_age_mae_years:.3f} years, "
+        f"gender accuracy {row.val_gender_accuracy:.2%}"
     )
+    if row.score <= min(each.score for each in curve):
+        _save(state.ema.module.state_dict(), out_dir / BEST)
+    _save({"state": state.state_dict(), "curve": [asdict(each) for each in curve]}, out_dir / _LAST)
 
 
 def _save(value: object, path: Path) -> None:

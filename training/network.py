@@ -26,6 +26,9 @@ class Logits(NamedTuple):
 class Network(nn.Module):
     """A timm backbone with an age head and a gender head, on raw uint8 chips."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, backbone: nn.Module, features: int, *, mean: list[float], std: list[float], dropout: float
     ) -> None:

@@ -24,15 +24,23 @@ class TrainOptions:
     """efficientnet_lite0, resnet18, resnet34, resnet50, or any timm name."""
     pretrained: bool = True
     """Start from ImageNet weights: the packaged ones for efficientnet_lite0, else timm's from their hub."""
+    checkpoint: Path | None = None
+    """Start from these weights instead: the best.pt of an earlier run with the same backbone."""
+    teacher: Path | None = None
+    """Distil from this finished run: the out_dir of a network of any backbone."""
+    teacher_weight: float = 0.5
+    """Share of the teacher in the labels, 0 to 1."""
     size: int = 128
     """Side of the chip that the exported network sees, in pixels."""
+    margin: float = 0.0
+    """How far chips reach beyond the face template on each side, as a share of its side."""
     progressive: bool = True
-    """Train the first third of the epochs at 3/4 of `size` and the next at 7/8: faster, and no worse."""
+    """Train the first third of the epochs at 3/4 of size, then up to three quarters of them at 7/8: it is faster."""
 
     epochs: int = 20
     """Passes over the training split."""
     batch_size: int = 64
-    """Chips per optimizer step."""
+    """Chips per optimizer step, over all workers together."""
     lr: float = 1.2e-3
     """Peak learning rate of the one-cycle schedule."""
     weight_decay: float = 0.02
@@ -70,20 +78,37 @@ class TrainOptions:
     """Mixed precision in bfloat16."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    workers: int = 1
+    """Ray Train workers that share each batch, on as many cores, GPUs or machines."""
     resume: bool = True
-    """Go on from the last checkpoint in out_dir, if there is one."""
+    """Go on behind the last whole epoch found in out_dir; --no-resume starts over."""
     patience: int | None = None
     """Stop when validation has not improved for this many epochs."""
 
+    model_version: str = "0.1.0"
+    """Version that the artifact states."""
+    data_name: str | None = None
+    """Name of the data that the artifact states; by default the folder's."""
+    data_licence: str = "as the training data's"
+    """Licence of the weights that the artifact states."""
+
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr", "size"):
+        for name in ("epochs", "batch_size", "lr", "size", "workers"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.size % 32:
             raise ValueError(f"size must be a multiple of 32, not {self.size}")
+        if self.batch_size % self.workers:
+            raise ValueError(f"batch_size {self.batch_size} cannot be shared equally by {self.workers} workers")
+        if self.max_per_gender is not None and not self.balanced_by_gender:
+            raise ValueError("max_per_gender goes with balanced_by_gender")
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(f"teacher_weight must lie between 0 and 1, not {self.teacher_weight}")
+        if min(self.val_frac, self.test_frac) <= 0 or self.val_frac + self.test_frac >= 1:
+            raise ValueError("val_frac and test_frac must be above 0 and leave something to train on")
 
     def train_size(self, epoch: int) -> int:
-        """Side in pixels of the chips trained on in an epoch (progressive resizing, EfficientNetV2, Tan & Le 2021)."""
+        """Side in pixels of the chips trained on in an epoch (progressive resizing: EfficientNetV2, Tan & Le 2021)."""
         if not self.progressive:
             return self.size
         share = epoch / self.epochs

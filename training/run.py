@@ -1,49 +1,92 @@
-"""One training run from the folder to the artifact."""
+"""One training run, from the folder to the artifact."""
 
+import csv
 import ctypes
+import dataclasses
 import json
 import os
+import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
 
-import numpy as np
 import torch
 
-from training.cache import load_chips
-from training.data import near_duplicate_groups, perceptual_hash, scan, split_samples
-from training.loop import train
-from training.network import create_network
+from agegender import Model, ModelSpec
+from agegender.model import FORMAT_VERSION
+from training.calibrate import COVERAGE, calibrate
+from training.data import Rejected
+from training.dataset import Faces, load_faces, splits_path, write_splits
+from training.distill import teacher_logits
+from training.evaluate import evaluate
+from training.export import export
+from training.loop import BEST, predict_logits, read_curve, train
+from training.loss import Targets, label_targets
+from training.metrics import Scored, measure
+from training.network import Network, create_network
 from training.options import TrainOptions
 
+__all__ = ["ARTIFACT", "run"]
 
-def run(options: TrainOptions) -> None:
-    _keep_freed_memory()
+ARTIFACT: Final = "agegender.pt"
+
+# Options that change where or how fast a run goes, but not what comes out.
+_FREE: Final = ("cache_dir", "data_dir", "device", "num_workers", "out_dir", "patience", "resume", "threads", "workers")
+
+
+def run(options: TrainOptions) -> Path:
+    """Trains, calibrates, measures on the test split, and exports.
+
+    Returns:
+        Path of the artifact in `options.out_dir`.
+
+    Raises:
+        ValueError: options or data that cannot be trained with.
+    """
+    _check_out_dir(options)
+    device = _prepare(options)
+    faces = load_faces(options)
+    _report_faces(faces, options.out_dir)
+    network = _initial_network(options)
+    if options.workers > 1:
+        from training.distributed import train_on_workers  # ray, which other runs do without
+
+        train_on_workers(network, faces, _targets(faces, options, device), options)
+    else:
+        train(network, faces, _targets(faces, options, device), options, device)
+    network.load_state_dict(torch.load(options.out_dir / BEST, weights_only=True, map_location="cpu"))
+    return _finish(network, faces, options)
+
+
+def _check_out_dir(options: TrainOptions) -> None:
+    """Refuses to go on with other options than the run in `out_dir` began with, and records these."""
     options.out_dir.mkdir(parents=True, exist_ok=True)
+    path = options.out_dir / "options.json"
+    resolved = json.loads(json.dumps(asdict(options), default=str))
+    if options.resume and path.exists():
+        begun: dict[str, Any] = json.loads(path.read_text())
+        changed = [name for name in resolved if name not in _FREE and begun.get(name) != resolved[name]]
+        if changed:
+            raise ValueError(
+                f"{options.out_dir} holds a run with other options ({', '.join(changed)}); "
+                "give another --out-dir, or --no-resume to start over"
+            )
+    path.write_text(json.dumps(resolved, indent=1) + "\n")
+
+
+def _prepare(options: TrainOptions) -> torch.device:
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name if options.device == "auto" else options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, but torch finds no CUDA device")
+    _keep_freed_memory()
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
     torch.manual_seed(options.seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    samples, rejected = scan(options.data_dir)
-    samples, train_cache = load_chips(samples, options.size * 5 // 4, options.cache_dir, rejected)
-    groups = near_duplicate_groups(
-        np.array([perceptual_hash(train_cache.chips[train_cache.rows[s.digest]]) for s in samples])
-    )
-    splits = split_samples(samples, groups, val_frac=options.val_frac, test_frac=options.test_frac, seed=options.seed)
-    by = {name: [s for s, side in zip(samples, splits, strict=True) if side == name] for name in ("train", "val", "test")}
-    print(
-        {k: len(v) for k, v in by.items()},
-        rejected.counts(),
-        "groups",
-        len(set(groups.tolist())),
-        np.bincount(np.bincount(groups))[1:40],
-    )
-    val, val_cache = load_chips(by["val"], options.size, options.cache_dir, rejected)
-    val_chips = val_cache.chips[[val_cache.rows[s.digest] for s in val]]
-    (options.out_dir / "options.json").write_text(json.dumps(asdict(options), default=str, indent=1))
-    network = create_network(
-        options.backbone, pretrained=options.pretrained, dropout=options.dropout, drop_path=options.drop_path
-    )
-    train(network, by["train"], train_cache, val, val_chips, options, torch.device("cpu"))
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return device
 
 
 def _keep_freed_memory() -> None:
@@ -51,7 +94,88 @@ def _keep_freed_memory() -> None:
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc, "mallopt"):  # musl has none
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def _report_faces(faces: Faces, out_dir: Path) -> None:
+    sizes = ", ".join(f"{len(part)} {side}" for side, part in faces.samples.items())
+    print(f"faces: {sizes}; left out: {faces.rejected.counts() or 'none'}", flush=True)
+    _write_rejected(faces.rejected, out_dir / "rejected.csv")
+    write_splits(faces, splits_path(out_dir / ARTIFACT))
+
+
+def _write_rejected(rejected: Rejected, path: Path) -> None:
+    with path.open("w", newline="", errors="surrogateescape") as file:
+        table = csv.writer(file)
+        table.writerow(("path", "reason"))
+        table.writerows((str(name), reason) for name, reason in rejected.reasons.items())
+
+
+def _initial_network(options: TrainOptions) -> Network:
+    network = create_network(
+        options.backbone,
+        pretrained=options.pretrained and options.checkpoint is None,
+        dropout=options.dropout,
+        drop_path=options.drop_path,
+    )
+    if options.checkpoint is not None:
+        try:
+            network.load_state_dict(torch.load(options.checkpoint, weights_only=True, map_location="cpu"))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{options.checkpoint} holds no weights of {options.backbone}: {error}") from error
+    return network
+
+
+def _targets(faces: Faces, options: TrainOptions, device: torch.device) -> Targets:
+    samples = faces.samples["train"]
+    targets = label_targets([s.labels.age_years for s in samples], [s.labels.gender for s in samples])
+    if options.teacher is None:
+        return targets
+    return targets.mixed(teacher_logits(options.teacher, samples, options.cache_dir, device), options.teacher_weight)
+
+
+def _finish(network: Network, faces: Faces, options: TrainOptions) -> Path:
+    """Calibrates on validation, exports, measures the exported file on test, and puts the figures into it."""
+    val, test = faces.samples["val"], faces.samples["test"]
+    logits = predict_logits(network, faces.chips.read(val), torch.device("cpu"))
+    ages = torch.tensor([float(sample.labels.age_years) for sample in val])
+    calibration = calibrate(logits, ages, torch.tensor([sample.labels.gender for sample in val]))
+    path = options.out_dir / ARTIFACT
+    export(network, calibration, _spec(options), path)
+    predictions = Model(path, device="cpu").predict(faces.chips.read(test))
+    figures = measure(Scored.of([sample.labels for sample in test], predictions))
+    metrics = {name: round(figure.value, 4) for name, figure in figures.items()}
+    export(network, calibration, dataclasses.replace(_spec(options), metrics={"pictures": len(test), **metrics}), path)
+    print("test split:")
+    evaluate(Model(path, device="cpu"), test, faces.chips, options.out_dir, curve=read_curve(options.out_dir))
+    print(f"artifact: {path}")
+    return path
+
+
+def _spec(options: TrainOptions) -> ModelSpec:
+    return ModelSpec(
+        format_version=FORMAT_VERSION,
+        name="agegender",
+        version=options.model_version,
+        chip_size_px=options.size,
+        chip_margin=options.margin,
+        labels=("male", "female"),
+        coverage=COVERAGE,
+        backbone=options.backbone,
+        training_data=options.data_name or options.data_dir.resolve().name,
+        licence=options.data_licence,
+        commit=_commit(),
+        options={name: value for name, value in asdict(options).items() if not isinstance(value, Path)},
+    )
+
+
+def _commit() -> str:
+    """The commit of this code, or nothing outside a checkout."""
+    call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(call, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,333 @@
+"""Training, from a labelled folder to an artifact that predicts, on the hundred LFW faces that scikit-image carries."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from agegender import Model, Predictor
+from training.augment import augment
+from training.calibrate import age_interval, calibrate
+from training.data import Labels, near_duplicate_groups, parse_name, perceptual_hash, scan, split_samples
+from training.dataset import load_faces, read_splits, splits_path
+from training.loop import BEST, read_curve, train
+from training.loss import criterion, expected_age, label_targets
+from training.network import AGE_BINS, Logits, create_network
+from training.options import TrainOptions
+from training.run import ARTIFACT, run
+
+FACES = 60
+
+
+@pytest.fixture(scope="session")
+def lfw_faces() -> np.ndarray:
+    """(100, 160, 160, 3) uint8: real faces of 25 px, enlarged."""
+    spec = find_spec("skimage")
+    assert spec is not None
+    assert spec.origin is not None
+    crops = np.load(Path(spec.origin).parent / "data" / "lfw_subset.npy")[:100]
+    grey = [cv2.resize((crop * 255).astype(np.uint8), (160, 160), interpolation=cv2.INTER_CUBIC) for crop in crops]
+    return np.repeat(np.array(grey)[..., None], 3, axis=3)
+
+
+@pytest.fixture(scope="session")
+def labelled_dir(lfw_faces: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A UTKFace-like folder with everything that such folders have: duplicates, bad names, broken files."""
+    folder = tmp_path_factory.mktemp("labelled")
+    for index, face in enumerate(lfw_faces[:FACES]):
+        cv2.imwrite(str(folder / f"{(index * 7) % 90}_{index % 2}_{index % 5}_{index:017d}.jpg.chip.jpg"), face)
+    shutil.copy(next(folder.glob("7_1_*")), folder / "8_1_0_20170109142408075.jpg")  # same bytes, other label
+    (folder / "33_1_0_20170109142408076.jpg").write_bytes(b"not a picture")
+    (folder / "130_1_0_20170109142408077.jpg").write_bytes(b"too old")
+    (folder / "30_3_0_20170109142408078.jpg").write_bytes(b"third gender")
+    (folder / "portrait.jpg").write_bytes(b"no labels")
+    cv2.imwrite(str(folder / "40_0_0_20170109142408079.jpg"), np.full((160, 160, 3), 127, np.uint8))
+    return folder
+
+
+@pytest.fixture
+def options(labelled_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainOptions:
+    """A run of seconds; chips are cut once for all tests."""
+    cache = tmp_path_factory.getbasetemp() / "chip-cache"
+    return TrainOptions(
+        data_dir=labelled_dir,
+        out_dir=tmp_path / "run",
+        cache_dir=cache,
+        size=64,
+        epochs=2,
+        batch_size=16,
+        val_frac=0.2,
+        test_frac=0.2,
+        num_workers=0,
+        threads=1,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [
+        ("24_1_2_20170116220224657.jpg.chip.jpg", Labels(24, 1, 2)),
+        ("0_0_4_20170116220224657.png", Labels(0, 0, 4)),
+        ("61_1_20170109142408075.jpg.chip.jpg", Labels(61, 1, None)),
+        ("24_0_1_20170116220224657 .jpg.chip.jpg", Labels(24, 0, 1)),
+    ],
+)
+def test_names_give_labels(name: str, labels: Labels) -> None:
+    assert parse_name(name) == labels
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("portrait.jpg", "unparsable name"),
+        ("-4_0_1_2017.jpg", "unparsable name"),
+        ("117_0_1_2017.jpg", "age out of range"),
+        ("30_2_1_2017.jpg", "gender out of range"),
+    ],
+)
+def test_other_names_are_refused(name: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_name(name)
+
+
+def test_a_folder_without_faces_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a directory"):
+        scan(tmp_path / "missing")
+    (tmp_path / "portrait.jpg").write_bytes(b"x")
+    with pytest.raises(ValueError, match="no usable picture"):
+        scan(tmp_path)
+
+
+def test_what_is_left_out_is_counted_and_listed(options: TrainOptions) -> None:
+    faces = load_faces(options)
+    assert sum(len(part) for part in faces.samples.values()) == FACES
+    assert faces.rejected.counts() == {
+        "unreadable": 1,
+        "age out of range": 1,
+        "gender out of range": 1,
+        "unparsable name": 1,
+        "same bytes as another file": 1,
+        "no face found": 1,
+    }
+
+
+def test_near_duplicates_fall_on_one_side(lfw_faces: np.ndarray) -> None:
+    brighter = np.clip(lfw_faces.astype(float) * 1.2 + 10, 0, 255).astype(np.uint8)
+    smaller = np.array([cv2.resize(cv2.resize(face, (90, 90)), (160, 160)) for face in lfw_faces])
+    hashes = np.array([perceptual_hash(face) for face in (*lfw_faces, *brighter, *smaller)])
+    groups = near_duplicate_groups(hashes)
+    count = len(lfw_faces)
+    assert len(set(groups[:count])) == count
+    assert (groups[count : 2 * count] == groups[:count]).all()
+    assert (groups[2 * count :] == groups[:count]).all()
+
+
+def test_a_split_does_not_depend_on_the_other_pictures(labelled_dir: Path) -> None:
+    samples, _ = scan(labelled_dir)
+    shares = {"val_frac": 0.2, "test_frac": 0.2, "seed": 1}
+    every = split_samples(samples, np.arange(len(samples)), **shares)
+    some = split_samples(samples[::2], np.arange(len(samples[::2])), **shares)
+    assert every[::2] == some
+    assert set(every) == {"train", "val", "test"}
+
+
+def test_chips_are_cut_once(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_faces(options)
+    monkeypatch.setattr("training.cache._cut_all", lambda *_: pytest.fail("cut again"))
+    again = load_faces(options)
+    assert again.samples == first.samples
+    assert again.train_chips.open().shape[1:] == (80, 80, 3)
+
+
+def test_balancing_takes_equally_many_of_both_genders(options: TrainOptions) -> None:
+    train_samples = load_faces(replace(options, balanced_by_gender=True, max_per_gender=9)).samples["train"]
+    assert sorted(sample.labels.gender for sample in train_samples) == [0] * 9 + [1] * 9
+
+
+def test_max_samples_limits_all_splits_together(options: TrainOptions) -> None:
+    faces = load_faces(replace(options, max_samples=40))
+    assert 38 <= sum(len(part) for part in faces.samples.values()) <= 40
+
+
+def test_augmentation_depends_on_its_generator_alone(lfw_faces: np.ndarray) -> None:
+    one, same, other = (augment(lfw_faces[0], 96, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert one.shape == (96, 96, 3)
+    assert one.dtype == np.uint8
+    assert (one == same).all()
+    assert (one != other).any()
+
+
+@pytest.mark.parametrize("age_loss", ["distribution", "l1", "mse"])
+def test_one_step_lowers_the_loss(age_loss: str) -> None:
+    torch.manual_seed(0)
+    network = create_network("resnet18", pretrained=False, dropout=0.0, drop_path=0.0)
+    chips = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
+    targets = label_targets([1, 10, 20, 30, 40, 50, 60, 70], [0, 1] * 4)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+    before = [parameter.clone() for parameter in network.parameters()]
+
+    def loss() -> torch.Tensor:
+        return criterion(network(chips), targets, age_loss=age_loss, gender_weight=0.5)  # type: ignore[arg-type]
+
+    first = loss()
+    first.backward()
+    optimizer.step()
+    assert any((one != other).any() for one, other in zip(before, network.parameters(), strict=True))
+    assert loss() < first
+
+
+def test_targets_are_distributions_around_the_label() -> None:
+    targets = label_targets([0, 35, 116], [0, 1, 1])
+    assert torch.allclose(targets.age_probs.sum(dim=1), torch.ones(3))
+    assert targets.age_probs.argmax(dim=1).tolist() == [0, 35, 116]
+    assert expected_age(targets.age_probs.log())[1] == pytest.approx(35, abs=0.01)
+    assert targets.gender_probs.argmax(dim=1).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet50", "efficientnet_lite0", "mobilenetv3_small_050"])
+def test_backbones(backbone: str) -> None:
+    network = create_network(backbone, pretrained=False, dropout=0.1, drop_path=0.0).eval()
+    age, gender = network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    assert age.shape == (2, AGE_BINS)
+    assert gender.shape == (2, 2)
+
+
+def test_the_packaged_weights_are_imagenets() -> None:
+    """Trained filters of a first layer are smooth; random ones are not."""
+    network = create_network("efficientnet_lite0", pretrained=True, dropout=0.0, drop_path=0.0)
+    fresh = create_network("efficientnet_lite0", pretrained=False, dropout=0.0, drop_path=0.0)
+    trained, random = (each.backbone.bn1.running_var for each in (network, fresh))  # type: ignore[union-attr]
+    assert (trained != random).all()
+
+
+def test_an_unknown_backbone_is_a_clear_error() -> None:
+    with pytest.raises(ValueError, match="unknown backbone resnet19"):
+        create_network("resnet19", pretrained=False, dropout=0.0, drop_path=0.0)
+
+
+def test_calibration_reaches_its_coverage_on_fresh_data() -> None:
+    """Synthetic logits whose spread tells the error: fitted on one half, 90% are covered in the other."""
+    rng = np.random.default_rng(0)
+    ages = rng.uniform(1, 90, 8000)
+    spread = rng.uniform(1, 8, 8000)
+    centre = ages + rng.normal(0, 1.7 * spread)
+    years = np.arange(AGE_BINS)
+    age_logits = torch.tensor(-0.5 * ((years - centre[:, None]) / spread[:, None]) ** 2, dtype=torch.float32)
+    gender = rng.integers(0, 2, 8000)
+    margin = 3.0 * (2 * gender - 1) + rng.normal(0, 3, 8000)
+    gender_logits = torch.tensor(np.stack([-2 * margin, 2 * margin], axis=1), dtype=torch.float32)
+    logits = Logits(age_logits, gender_logits)
+    labels = torch.tensor(ages, dtype=torch.float32).round(), torch.tensor(gender)
+    half = slice(0, 4000)
+    calibration = calibrate(Logits(*(each[half] for each in logits)), *(each[half] for each in labels))
+    _, low, high = age_interval(age_logits[4000:], torch.tensor(calibration.radii))
+    covered = ((low <= labels[0][4000:]) & (labels[0][4000:] <= high)).float()
+    assert covered.mean().item() == pytest.approx(0.9, abs=0.02)
+    for first, last in ((0, 12), (18, 34), (65, 90)):
+        band = (labels[0][4000:] >= first) & (labels[0][4000:] <= last)
+        assert covered[band].mean().item() == pytest.approx(0.9, abs=0.04)
+    assert calibration.gender_temperature > 1.5
+
+
+def test_a_run_ends_in_an_artifact_that_predicts(options: TrainOptions, labelled_dir: Path) -> None:
+    path = run(options)
+    assert path == options.out_dir / ARTIFACT
+    for name in ("options.json", "rejected.csv", "curve.csv", "metrics.json", "report.html", BEST):
+        assert (options.out_dir / name).stat().st_size > 0
+    assert list((options.out_dir / "tensorboard").iterdir())
+    assert len(list(csv.reader((options.out_dir / "rejected.csv").open()))) == 1 + 6
+    model = Model(path, device="cpu")
+    assert model.spec.chip_size_px == 64
+    assert model.spec.metrics["pictures"] == sum(side == "test" for side in read_splits(splits_path(path)).values())
+    results = Predictor(model).predict([each.read_bytes() for each in sorted(labelled_dir.glob("*chip.jpg"))[:4]])
+    assert [result.status for result in results] == ["ok"] * 4
+    face = results[0].faces[0]
+    assert 0 <= face.age_low <= face.age <= face.age_high <= 116
+
+
+def test_a_killed_run_resumes_to_the_same_result(options: TrainOptions, tmp_path: Path) -> None:
+    faces = load_faces(options)
+    targets = label_targets(*_labels(faces.samples["train"]))
+
+    def go(out_dir: Path, epochs_before_kill: int) -> dict[str, torch.Tensor]:
+        out_dir.mkdir()
+        whole = replace(options, out_dir=out_dir, epochs=3)
+        if epochs_before_kill:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("training.loop._out_of_patience", lambda curve, _: len(curve) == epochs_before_kill)
+                train(_network(), faces, targets, whole, torch.device("cpu"))
+            assert len(read_curve(out_dir)) == epochs_before_kill
+        train(_network(), faces, targets, whole, torch.device("cpu"))
+        assert len(read_curve(out_dir)) == 3
+        checkpoint: dict[str, dict[str, dict[str, torch.Tensor]]] = torch.load(out_dir / "last.pt", weights_only=True)
+        return checkpoint["state"]["network"]
+
+    unbroken, resumed = go(tmp_path / "unbroken", 0), go(tmp_path / "resumed", 1)
+    assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_other_options_do_not_resume_a_run(options: TrainOptions) -> None:
+    run(options)
+    with pytest.raises(ValueError, match=r"other options \(lr\)"):
+        run(replace(options, lr=1e-4))
+    run(replace(options, num_workers=1))  # finished: measured and exported again
+
+
+def test_distillation_and_checkpoint_start_from_an_earlier_run(options: TrainOptions, tmp_path: Path) -> None:
+    run(options)
+    student = replace(
+        options, out_dir=tmp_path / "student", teacher=options.out_dir, checkpoint=options.out_dir / BEST, epochs=1
+    )
+    assert run(student).exists()
+    with pytest.raises(ValueError, match="not the folder of a finished run"):
+        run(replace(student, out_dir=tmp_path / "other", teacher=tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data-dir", "missing"], "not a directory"),
+        (["--data_dir", ".", "--batch_size", "0"], "batch_size must be above 0"),
+        (["--data-dir", ".", "--max-per-gender", "5"], "goes with balanced_by_gender"),
+    ],
+)
+def test_wrong_calls_end_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    call = [sys.executable, "-m", "training", *arguments, "--out-dir", str(tmp_path / "run")]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_evaluation_leaves_out_what_the_model_has_seen(options: TrainOptions, tmp_path: Path) -> None:
+    path = run(options)
+    call = [sys.executable, "-m", "training.evaluate", "--data_dir", str(options.data_dir), "--model", str(path)]
+    call += ["--out-dir", str(tmp_path / "evaluation"), "--cache-dir", str(options.cache_dir)]
+    done = subprocess.run(
+        [*call, "--robustness-pictures", "3"], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "trained or calibrated on are left out" in done.stdout
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    tested = sum(side == "test" for side in read_splits(splits_path(path)).values())
+    assert metrics["groups"]["all"]["pictures"] == tested
+    assert metrics["robustness"]["blur, sigma in px"]
+    assert "<svg" in (tmp_path / "evaluation" / "report.html").read_text()
+
+
+def _network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return create_network("efficientnet_lite0", pretrained=True, dropout=0.2, drop_path=0.1)
+
+
+def _labels(samples: list) -> tuple[list[int], list[int]]:
+    return [each.labels.age_years for each in samples], [each.labels.gender for each in samples]

@@ -1,0 +1,104 @@
+"""Folder -> the samples and chips of the three splits."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from training.cache import ChipCache, load_chips
+from training.data import Rejected, Sample, Split, near_duplicate_groups, perceptual_hash, scan, split_samples
+from training.options import TrainOptions
+
+__all__ = ["Faces", "load_faces", "read_splits", "splits_path", "write_splits"]
+
+
+@dataclass(frozen=True)
+class Faces:
+    """Labelled faces, dealt into splits.
+
+    Attributes:
+        samples: of each split.
+        train_chips: a quarter larger than the network's chips, so that augmentation has something to cut from.
+        chips: of the validation and test splits, cut as in inference.
+        rejected: what was left out.
+    """
+
+    samples: dict[Split, list[Sample]]
+    train_chips: ChipCache
+    chips: ChipCache
+    rejected: Rejected
+
+
+def load_faces(options: TrainOptions) -> Faces:
+    """Scans, cuts and deals.
+
+    Raises:
+        ValueError: a split would be empty, or no usable picture was found.
+    """
+    samples, rejected = scan(options.data_dir)
+    samples = _some(samples, options.max_samples, options.seed)
+    cut = (options.margin, options.cache_dir, rejected)
+    samples, train_chips = load_chips(samples, options.size * 5 // 4, *cut)
+    sides = split_samples(
+        samples,
+        _groups(samples, train_chips),
+        val_frac=options.val_frac,
+        test_frac=options.test_frac,
+        seed=options.seed,
+    )
+    splits: dict[Split, list[Sample]] = {"train": [], "val": [], "test": []}
+    for sample, side in zip(samples, sides, strict=True):
+        splits[side].append(sample)
+    if options.balanced_by_gender:
+        splits["train"] = _balanced(splits["train"], options.max_per_gender, options.seed)
+    if not all(splits.values()):
+        sizes = ", ".join(f"{side} {len(part)}" for side, part in splits.items())
+        raise ValueError(f"too few usable pictures in {options.data_dir} for three splits: {sizes}")
+    _, chips = load_chips(splits["val"] + splits["test"], options.size, *cut)
+    return Faces(splits, train_chips, chips, rejected)
+
+
+def write_splits(faces: Faces, path: Path) -> None:
+    """Writes which picture was on which side, so that nobody tests on what was trained on: lines of `digest,split`."""
+    lines = [f"{sample.digest},{side}\n" for side, part in faces.samples.items() for sample in part]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("digest,split\n" + "".join(sorted(lines)))
+    os.replace(temporary, path)
+
+
+def splits_path(artifact: Path) -> Path:
+    """Where the splits of an artifact's training run lie: beside it."""
+    return artifact.with_suffix(".splits.csv")
+
+
+def read_splits(path: Path) -> dict[str, str]:
+    """Digest -> split, as `write_splits` wrote them; empty where there is no such file."""
+    try:
+        lines = path.read_text().splitlines()[1:]
+    except FileNotFoundError:
+        return {}
+    return {digest: split for digest, _, split in (line.partition(",") for line in lines)}
+
+
+def _some(samples: list[Sample], count: int | None, seed: int) -> list[Sample]:
+    """At most `count` samples; which ones depends on seed and content, not on the others."""
+    if count is None or count >= len(samples):
+        return samples
+    chosen = sorted(samples, key=lambda sample: hashlib.sha256(f"some {seed} {sample.digest}".encode()).digest())
+    return sorted(chosen[:count], key=lambda sample: sample.path)
+
+
+def _balanced(samples: list[Sample], most: int | None, seed: int) -> list[Sample]:
+    sides = [[sample for sample in samples if sample.labels.gender == gender] for gender in (0, 1)]
+    count = min(len(side) for side in sides)
+    count = count if most is None else min(count, most)
+    return sorted((sample for side in sides for sample in _some(side, count, seed)), key=lambda sample: sample.path)
+
+
+def _groups(samples: Sequence[Sample], chips: ChipCache) -> npt.NDArray[np.int64]:
+    pixels = chips.open()
+    return near_duplicate_groups(np.array([perceptual_hash(pixels[chips.rows[each.digest]]) for each in samples]))

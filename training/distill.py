@@ -1,0 +1,38 @@
+"""Finished run + training chips -> a teacher's logits."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training.cache import load_chips
+from training.data import Rejected, Sample
+from training.loop import BEST, predict_logits
+from training.network import Logits, create_network
+
+__all__ = ["teacher_logits"]
+
+
+def teacher_logits(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, device: torch.device) -> Logits:
+    """What the best weights of a run say of pictures, averaged over each chip and its mirror image.
+
+    Raises:
+        ValueError: the folder holds no finished run, or its chips cannot be cut.
+    """
+    try:
+        options = json.loads((run_dir / "options.json").read_text())
+        weights = torch.load(run_dir / BEST, weights_only=True, map_location=device)
+    except FileNotFoundError as error:
+        raise ValueError(f"the teacher {run_dir} is not the folder of a finished run: no {error.filename}") from error
+    network = create_network(options["backbone"], pretrained=False, dropout=0.0, drop_path=0.0)
+    network.load_state_dict(weights)
+    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    cut, cache = load_chips(samples, options["size"], options.get("margin", 0.0), cache_dir, Rejected())
+    if len(cut) != len(samples):
+        raise ValueError(f"the teacher {run_dir} finds no face in {len(samples) - len(cut)} of the training pictures")
+    chips = cache.read(samples)
+    straight = predict_logits(network, chips, device)
+    mirrored = predict_logits(network, np.ascontiguousarray(chips[:, :, ::-1]), device)
+    return Logits(*((one + other) / 2 for one, other in zip(straight, mirrored, strict=True)))

@@ -1,0 +1,37 @@
+"""The same loop on several Ray Train workers: cores, GPUs or machines."""
+
+import os
+from typing import Any
+
+import ray
+import torch
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+
+from training.dataset import Faces
+from training.loop import train
+from training.loss import Targets
+from training.network import Network
+from training.options import TrainOptions
+
+__all__ = ["train_on_workers"]
+
+
+def train_on_workers(network: Network, faces: Faces, targets: Targets, options: TrainOptions) -> None:
+    """Runs `train` with `options.workers` processes that average their gradients.
+
+    On several machines `out_dir` and `cache_dir` must lie on storage that all of them share.
+    """
+    ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=True)
+    config = {"network": network, "faces": faces, "targets": targets, "options": options}
+    use_gpu = options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available())
+    try:
+        TorchTrainer(_work, train_loop_config=config, scaling_config=ScalingConfig(options.workers, use_gpu)).fit()
+    finally:
+        ray.shutdown()
+
+
+def _work(config: dict[str, Any]) -> None:
+    options: TrainOptions = config["options"]
+    torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) // options.workers))
+    train(config["network"], config["faces"], config["targets"], options, get_device())

@@ -1,0 +1,148 @@
+"""`python -m training.evaluate`: artifact + labelled folder -> metrics.json and a report to look at."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tyro
+
+from agegender import AgeGenderError, Model
+from agegender.model import DEFAULT_MODEL, Predictions
+from training.cache import ChipCache, load_chips
+from training.data import Sample, scan
+from training.dataset import read_splits, splits_path
+from training.loop import EpochResult
+from training.metrics import Scored, measure_groups
+from training.report import Evaluation, write_report
+from training.robustness import robustness
+
+__all__ = ["EvaluateOptions", "evaluate"]
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure a model on labelled faces: overall, by group, and under corruptions."""
+
+    data_dir: Path
+    """Folder of labelled faces, named age_gender_race_date.jpg as in UTKFace."""
+    model: Path = DEFAULT_MODEL
+    """The artifact."""
+    out_dir: Path = Path("runs/evaluation")
+    """metrics.json and report.html go here."""
+    cache_dir: Path = Path("runs/cache")
+    """Cut chips are kept here between runs."""
+    pictures: Literal["unseen", "all"] = "unseen"
+    """unseen: leave out those that the model was trained or calibrated on; all: measure on them too."""
+    robustness_pictures: int = 300
+    """Pictures for each level of each corruption; 0 leaves robustness out."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+
+def run(options: EvaluateOptions) -> Path:
+    """Evaluates, and returns the path of the report.
+
+    Raises:
+        ValueError: no usable picture, or none that the model has not seen.
+        ModelLoadError: the artifact cannot be used.
+    """
+    model = Model(options.model, device=options.device)
+    samples, rejected = scan(options.data_dir)
+    samples, warning = _unseen(samples, model, options.pictures)
+    geometry = (model.spec.chip_size_px, model.spec.chip_margin)
+    samples, chips = load_chips(samples, *geometry, options.cache_dir, rejected)
+    print(f"pictures: {len(samples)}; left out: {rejected.counts() or 'none'}")
+    return evaluate(
+        model, samples, chips, options.out_dir, robustness_pictures=options.robustness_pictures, warning=warning
+    )
+
+
+def evaluate(
+    model: Model,
+    samples: Sequence[Sample],
+    chips: ChipCache,
+    out_dir: Path,
+    *,
+    robustness_pictures: int = 0,
+    curve: Sequence[EpochResult] = (),
+    warning: str | None = None,
+) -> Path:
+    """Measures a model on pictures whose chips are cut, and writes metrics.json and report.html."""
+    scored = Scored.of([sample.labels for sample in samples], _predict(model, samples, chips))
+    groups = measure_groups(scored)
+    step = max(1, len(samples) // max(1, robustness_pictures))
+    curves = robustness(model, samples[::step][:robustness_pictures]) if robustness_pictures else {}
+    result = Evaluation(model, list(samples), scored, groups, curves, list(curve), warning)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "metrics.json").write_text(json.dumps(_as_json(result), indent=1) + "\n")
+    report = write_report(result, out_dir / "report.html")
+    _print_summary(result, report)
+    return report
+
+
+def _unseen(samples: list[Sample], model: Model, pictures: Literal["unseen", "all"]) -> tuple[list[Sample], str | None]:
+    """The pictures to measure on, and what must be said of them."""
+    splits = read_splits(splits_path(model.path))
+    if not splits:
+        return samples, f"there is no {splits_path(model.path).name} beside the model: it may have seen these pictures"
+    unseen = [sample for sample in samples if splits.get(sample.digest, "test") == "test"]
+    seen = len(samples) - len(unseen)
+    if pictures == "all":
+        return samples, f"the model has seen {seen} of these {len(samples)} pictures in training" if seen else None
+    if not unseen:
+        raise ValueError(f"the model has seen all {seen} pictures in training; --pictures all measures on them anyway")
+    if seen:
+        print(f"{seen} pictures that the model was trained or calibrated on are left out")
+    return unseen, None
+
+
+def _predict(model: Model, samples: Sequence[Sample], chips: ChipCache) -> Predictions:
+    parts = [model.predict(chips.read(samples[at : at + _BATCH])) for at in range(0, len(samples), _BATCH)]
+    return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _as_json(result: Evaluation) -> dict[str, Any]:
+    spec = result.model.spec
+    return {
+        "model": {"name": spec.name, "version": spec.version, "sha256": result.model.sha256},
+        "warning": result.warning,
+        "groups": {
+            group: {"pictures": count, **{name: asdict(figure) for name, figure in figures.items()}}
+            for group, (count, figures) in result.groups.items()
+        },
+        "robustness": {
+            name: {str(level): dict(zip(("age_mae_years", "gender_accuracy", "found"), values, strict=True))}
+            for name, curve in result.robustness.items()
+            for level, values in curve.items()
+        },
+    }
+
+
+def _print_summary(result: Evaluation, report: Path) -> None:
+    if result.warning:
+        print(f"note: {result.warning}")
+    count, figures = result.groups["all"]
+    print(f"{count} pictures, with 95% bootstrap intervals:")
+    for name, figure in figures.items():
+        print(f"  {name:<28} {figure.value:8.3f}  ({figure.low:.3f} to {figure.high:.3f})")
+    print(f"report: {report}")
+
+
+def main() -> int:
+    """Returns the process's exit code."""
+    try:
+        run(tyro.cli(EvaluateOptions, prog="python -m training.evaluate"))
+    except (AgeGenderError, ValueError, OSError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Predictions + labels -> figures with bootstrap intervals, overall and by group."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from agegender.model import Predictions
+from training.data import Labels
+
+__all__ = ["AGE_BANDS", "METRICS", "RACES", "Figure", "Scored", "measure", "measure_groups"]
+
+Floats = npt.NDArray[np.float64]
+
+AGE_BANDS: Final = ((0, 3), (4, 12), (13, 17), (18, 24), (25, 34), (35, 44), (45, 54), (55, 64), (65, 79), (80, 116))
+RACES: Final = ("White", "Black", "Asian", "Indian", "Others")  # UTKFace's race labels 0 to 4
+_RESAMPLES: Final = 1000
+_ECE_BINS: Final = 10
+_WITHIN_YEARS: Final = 5
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Labels and predictions of N pictures, all arrays of shape (N,)."""
+
+    age_true: Floats
+    gender_true: npt.NDArray[np.int64]
+    race: npt.NDArray[np.int64]  # -1 where unknown
+    age: Floats
+    age_low: Floats
+    age_high: Floats
+    female_prob: Floats
+
+    @classmethod
+    def of(cls, labels: Sequence[Labels], predictions: Predictions) -> "Scored":
+        """Joins labels with the predictions for the same pictures, in the same order."""
+        return cls(
+            np.array([label.age_years for label in labels], float),
+            np.array([label.gender for label in labels]),
+            np.array([-1 if label.race is None else label.race for label in labels]),
+            predictions.age.astype(float),
+            predictions.age_low.astype(float),
+            predictions.age_high.astype(float),
+            predictions.gender_probs[:, 1].astype(float),
+        )
+
+    def __len__(self) -> int:
+        return len(self.age)
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> "Scored":
+        """The pictures that a mask selects."""
+        return Scored(*(getattr(self, name)[mask] for name in self.__dataclass_fields__))
+
+    @property
+    def error(self) -> Floats:
+        """Predicted minus labelled age, years."""
+        return self.age - self.age_true
+
+    @property
+    def covered(self) -> npt.NDArray[np.bool_]:
+        """Whether the interval holds the labelled age."""
+        return (self.age_low <= self.age_true) & (self.age_true <= self.age_high)
+
+    @property
+    def gender_right(self) -> npt.NDArray[np.bool_]:
+        """Whether the likelier gender is the labelled one."""
+        return (self.female_prob >= 0.5) == (self.gender_true == 1)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric with its 95% bootstrap interval (percentile method, Efron & Tibshirani 1993)."""
+
+    value: float
+    low: float
+    high: float
+
+
+# Each metric takes the pictures and (B, N) weights, one row per resample, and gives (B,) values.
+Metric = Callable[[Scored, Floats], Floats]
+
+
+def _mean(values: npt.NDArray[np.generic], weights: Floats) -> Floats:
+    return weights @ values.astype(float) / weights.sum(axis=1)
+
+
+def _median_error(scored: Scored, weights: Floats) -> Floats:
+    error = np.abs(scored.error)
+    order = error.argsort()
+    below = np.cumsum(weights[:, order], axis=1)
+    return error[order][(below >= below[:, -1:] / 2).argmax(axis=1)]
+
+
+def _auc(scored: Scored, weights: Floats) -> Floats:
+    """Area under the ROC curve as the Mann-Whitney statistic; nan where one gender is missing."""
+    order = scored.female_prob.argsort(kind="stable")
+    female = (scored.gender_true == 1)[order]
+    positive, negative = weights[:, order] * female, weights[:, order] * ~female
+    below = np.cumsum(negative, axis=1) - negative / 2
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (positive * below).sum(axis=1) / (positive.sum(axis=1) * negative.sum(axis=1))
+
+
+def _calibration_error(scored: Scored, weights: Floats) -> Floats:
+    """Expected calibration error of the likelier gender's probability (Guo et al. 2017), ten equal bins."""
+    confidence = np.maximum(scored.female_prob, 1 - scored.female_prob)
+    bins = np.minimum(((confidence - 0.5) * 2 * _ECE_BINS).astype(int), _ECE_BINS - 1)
+    gap = (confidence - scored.gender_right)[None] * weights
+    total = sum(np.abs(gap[:, bins == index].sum(axis=1)) for index in range(_ECE_BINS))
+    return np.asarray(total) / weights.sum(axis=1)
+
+
+def _challenge_25(scored: Scored, weights: Floats) -> Floats:
+    """Share of 13 to 17-year-olds who are told to be 25 or older; nan where there are none."""
+    minors = (scored.age_true >= 13) & (scored.age_true <= 17)
+    with np.errstate(invalid="ignore"):
+        return weights @ (minors & (scored.age >= 25)) / (weights @ minors)
+
+
+METRICS: Final[Mapping[str, Metric]] = {
+    "age_mae_years": lambda s, w: _mean(np.abs(s.error), w),
+    "age_median_error_years": _median_error,
+    "age_bias_years": lambda s, w: _mean(s.error, w),
+    "age_within_5_years": lambda s, w: _mean(np.abs(s.error) <= _WITHIN_YEARS, w),
+    "age_coverage": lambda s, w: _mean(s.covered, w),
+    "age_interval_width_years": lambda s, w: _mean(s.age_high - s.age_low, w),
+    "gender_accuracy": lambda s, w: _mean(s.gender_right, w),
+    "gender_auc": _auc,
+    "gender_calibration_error": _calibration_error,
+    "challenge_25_rate": _challenge_25,
+}
+
+
+def measure(scored: Scored, *, seed: int = 0, resamples: int = _RESAMPLES) -> dict[str, Figure]:
+    """Every metric that is defined for these pictures.
+
+    Raises:
+        ValueError: there are no pictures.
+    """
+    if len(scored) == 0:
+        raise ValueError("there are no pictures to measure")
+    count = len(scored)
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples).astype(float)
+    figures = {}
+    for name, metric in METRICS.items():
+        value = float(metric(scored, np.ones((1, count)))[0])
+        if not np.isnan(value):
+            low, high = np.nanquantile(metric(scored, weights), (0.025, 0.975))
+            figures[name] = Figure(value, float(low), float(high))
+    return figures
+
+
+def groups(scored: Scored) -> dict[str, npt.NDArray[np.bool_]]:
+    """Masks by age band, gender and race label, and by their crossings in pairs."""
+    bands = {f"age {low}-{high}": (scored.age_true >= low) & (scored.age_true <= high) for low, high in AGE_BANDS}
+    genders = {name: scored.gender_true == index for index, name in enumerate(("male", "female"))}
+    races = {name: scored.race == index for index, name in enumerate(RACES)}
+    wide = {
+        "all": np.ones(len(scored), bool),
+        "age 13 and above": scored.age_true >= 13,
+        "age 21-60": (scored.age_true >= 21) & (scored.age_true <= 60),
+    }
+    crossings = {
+        f"{one}, {other}": first & second
+        for left, right in ((bands, genders), (bands, races), (genders, races))
+        for one, first in left.items()
+        for other, second in right.items()
+    }
+    return {**wide, **bands, **genders, **races, **crossings}
+
+
+def measure_groups(scored: Scored, *, least: int = 20) -> dict[str, tuple[int, dict[str, Figure]]]:
+    """Size and metrics of each group with at least `least` pictures."""
+    masks = {name: mask for name, mask in groups(scored).items() if mask.sum() >= least or name == "all"}
+    return {name: (int(mask.sum()), measure(scored.where(mask))) for name, mask in masks.items()}

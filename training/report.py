@@ -1,0 +1,202 @@
+"""Figures -> one self-contained HTML page."""
+
+import html
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure as Plot
+
+from agegender import Model
+from training.data import Sample
+from training.loop import EpochResult
+from training.metrics import AGE_BANDS, Figure, Scored
+from training.robustness import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Evaluation", "write_report"]
+
+_WORST: Final = 24
+_BLUE, _ROSE, _GREY = "#2f6fed", "#c2347e", "#8a8f98"
+
+_PAGE: Final = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+ :root {{ color-scheme: light dark }}
+ body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }}
+ table {{ border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums }}
+ td, th {{ padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap }}
+ td:first-child, th:first-child {{ text-align: left }}
+ figure {{ margin: 1rem 0 }} svg {{ max-width: 100%; height: auto; background: white }}
+ .faces {{ display: flex; flex-wrap: wrap; gap: .8rem }} .faces figure {{ width: 7.5rem; margin: 0; font-size: 12px }}
+ .faces img {{ width: 100%; border-radius: 4px }} small {{ color: #888 }} .note {{ background: #fa03; padding: .6rem }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """All that a report shows."""
+
+    model: Model
+    samples: list[Sample]
+    scored: Scored
+    groups: dict[str, tuple[int, dict[str, Figure]]]
+    robustness: dict[str, Curve]
+    curve: list[EpochResult]
+    warning: str | None
+
+
+def write_report(result: Evaluation, path: Path) -> Path:
+    """Writes the page; thumbnails are shown from where the data lie and are not copied into it."""
+    spec = result.model.spec
+    parts = [
+        f"<p>{len(result.samples)} pictures. Backbone {html.escape(spec.backbone)}, trained on "
+        f"{html.escape(spec.training_data)}; weights: {html.escape(spec.licence)}.<br>"
+        f"<small>SHA-256 {result.model.sha256}, commit {html.escape(spec.commit or 'unknown')}</small></p>",
+        f'<p class="note">{html.escape(result.warning)}</p>' if result.warning else "",
+        "<h2>Figures</h2>",
+        _overall(result),
+        _learning_curves(result.curve) if result.curve else "",
+        "<h2>Age</h2>",
+        _svg(2, lambda axes: _age(result.scored, axes)),
+        _svg(2, lambda axes: _intervals(result, axes)),
+        "<h2>Gender</h2>",
+        _svg(2, lambda axes: _gender(result, axes)),
+        "<h2>Robustness</h2>" + _robustness(result.robustness) if result.robustness else "",
+        "<h2>Groups</h2><p>Race labels serve this audit alone; the model neither sees nor tells them.</p>",
+        _group_table(result),
+        "<h2>Largest age errors</h2><p>Many of them are wrong labels.</p>",
+        _worst(result),
+    ]
+    title = html.escape(f"{spec.name} {spec.version}: evaluation")
+    path.write_text(_PAGE.format(title=title, body="\n".join(parts)), encoding="utf-8")
+    return path
+
+
+def _overall(result: Evaluation) -> str:
+    rows = [
+        (name.replace("_", " "), f"{figure.value:.3f}", f"{figure.low:.3f} to {figure.high:.3f}")
+        for name, figure in result.groups["all"][1].items()
+    ]
+    return _table(("metric", "value", "95% bootstrap interval"), rows)
+
+
+def _group_table(result: Evaluation) -> str:
+    names = list(result.groups["all"][1])
+    rows = [
+        (group, count, *(_cell(figures.get(name)) for name in names))
+        for group, (count, figures) in result.groups.items()
+    ]
+    return _table(("group", "pictures", *(name.replace("_", " ") for name in names)), rows)
+
+
+def _cell(figure: Figure | None) -> str:
+    return "" if figure is None else f"{figure.value:.3f} ({figure.low:.2f}-{figure.high:.2f})"
+
+
+def _table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    def line(cells: Sequence[object], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def _svg(columns: int, draw: Callable[[Any], None], *, height: float = 3.6) -> str:
+    """Draws on a row of axes, and returns it as inline SVG."""
+    plot = Plot(figsize=(5.2 * columns, height), layout="constrained")
+    draw(np.atleast_1d(plot.subplots(1, columns)))
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "agegender"}):  # the same ids from run to run
+        plot.savefig(text, format="svg", metadata={"Date": None})
+    return f"<figure>{text.getvalue()[text.getvalue().index('<svg') :]}</figure>"
+
+
+def _learning_curves(curve: Sequence[EpochResult]) -> str:
+    def draw(axes: "Sequence[Axes]") -> None:
+        epochs = [row.epoch + 1 for row in curve]
+        for axis, name in zip(axes, ("train_loss", "val_age_mae_years", "val_gender_accuracy"), strict=True):
+            axis.plot(epochs, [getattr(row, name) for row in curve], color=_BLUE, marker=".")
+            axis.set(xlabel="epoch", ylabel=name.replace("_", " "))
+
+    return "<h2>Learning curves</h2>" + _svg(3, draw, height=2.8)
+
+
+def _age(scored: Scored, axes: "Sequence[Axes]") -> None:
+    axes[0].scatter(scored.age_true, scored.age, s=4, alpha=0.3, color=_BLUE, linewidths=0)
+    axes[0].plot((0, 116), (0, 116), color=_GREY, linewidth=1)
+    axes[0].set(xlabel="labelled age, years", ylabel="predicted age, years", xlim=(0, 116), ylim=(0, 116))
+    errors = [np.abs(scored.error[mask]) for _, mask in _bands(scored)]
+    axes[1].boxplot(errors, tick_labels=[name for name, _ in _bands(scored)], showfliers=False)
+    axes[1].set(xlabel="labelled age, years", ylabel="absolute error, years")
+    axes[1].tick_params(axis="x", rotation=45)
+
+
+def _intervals(result: Evaluation, axes: "Sequence[Axes]") -> None:
+    bands = [f"age {low}-{high}" for low, high in AGE_BANDS if f"age {low}-{high}" in result.groups]
+    for axis, name in zip(axes, ("age_coverage", "age_interval_width_years"), strict=True):
+        figures = [result.groups[band][1][name] for band in bands]
+        values = [figure.value for figure in figures]
+        error = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]
+        axis.bar(bands, values, yerr=error, color=_BLUE, alpha=0.8, ecolor=_GREY)
+        axis.set_ylabel(name.replace("_", " "))
+        axis.tick_params(axis="x", rotation=45)
+    axes[0].axhline(result.model.spec.coverage, color=_ROSE, linewidth=1)
+    axes[0].set_ylim(0.5, 1)
+
+
+def _gender(result: Evaluation, axes: "Sequence[Axes]") -> None:
+    scored = result.scored
+    confidence = np.maximum(scored.female_prob, 1 - scored.female_prob)
+    bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
+    used = [index for index in range(10) if (bins == index).any()]
+    axes[0].plot((0.5, 1), (0.5, 1), color=_GREY, linewidth=1)
+    points = [(confidence[bins == index].mean(), scored.gender_right[bins == index].mean()) for index in used]
+    axes[0].plot(*zip(*points, strict=True), marker="o", color=_BLUE)
+    axes[0].set(xlabel="stated probability", ylabel="share that is right")
+    bands = [(name, scored.gender_right[mask].mean()) for name, mask in _bands(scored)]
+    axes[1].bar(*zip(*bands, strict=True), color=_BLUE, alpha=0.8)
+    axes[1].set(xlabel="labelled age, years", ylabel="gender accuracy", ylim=(0.5, 1))
+    axes[1].tick_params(axis="x", rotation=45)
+
+
+def _bands(scored: Scored) -> list[tuple[str, np.ndarray]]:
+    masks = [(f"{low}-{high}", (scored.age_true >= low) & (scored.age_true <= high)) for low, high in AGE_BANDS]
+    return [(name, mask) for name, mask in masks if mask.any()]
+
+
+def _robustness(curves: dict[str, Curve]) -> str:
+    def draw(axes: "Sequence[Axes]") -> None:
+        for axis, (name, curve) in zip(axes, curves.items(), strict=True):
+            levels = [f"{level:g}" for level in curve]
+            axis.plot(levels, [values[0] for values in curve.values()], marker="o", color=_BLUE)
+            axis.set(xlabel=name, ylabel="age MAE, years", ylim=(0, None))
+
+    rows = [
+        (name, f"{level:g}", f"{mae:.2f}", f"{accuracy:.1%}", f"{found:.1%}")
+        for name, curve in curves.items()
+        for level, (mae, accuracy, found) in curve.items()
+    ]
+    head = ("corruption", "level", "age MAE, years", "gender accuracy", "face found")
+    return _svg(len(curves), draw, height=2.8) + _table(head, rows)
+
+
+def _worst(result: Evaluation) -> str:
+    order = np.argsort(-np.abs(result.scored.error))[:_WORST]
+    cards = (
+        f'<figure><img loading="lazy" alt="" src="{html.escape(result.samples[index].path.resolve().as_uri())}">'
+        f"labelled {result.scored.age_true[index]:.0f}, predicted {result.scored.age[index]:.0f}<br>"
+        f"<small>{html.escape(result.samples[index].path.name)}</small></figure>"
+        for index in order
+    )
+    return f'<div class="faces">{"".join(cards)}</div>'
