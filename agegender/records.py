@@ -32,7 +32,7 @@ class Field:
 
 
 FIELDS: Final = (
-    Field("path", "string", "the input's path or name", of_image=lambda image: image.path),
+    Field("path", "string", "the input's path or name", of_image=lambda image: _text(image.path)),
     Field("status", "string", "ok, no_face, not_image, unreadable, too_large or failed", of_image=lambda i: i.status),
     Field("error", "string", "what was wrong, or null", of_image=lambda image: image.error),
     Field("width", "int32", "width of the upright image, pixels", of_image=lambda image: image.width),
@@ -97,6 +97,11 @@ def arrow_table(results: Iterable[ImageResult]) -> "pa.Table":
     import pyarrow as pa
 
     return pa.Table.from_pylist([row for result in results for row in to_rows(result)], schema=arrow_schema())
+
+
+def _text(path: str) -> str:
+    r"""A path whose bytes are no UTF-8, in a form that JSON and Arrow take: `\udce9` for the byte 0xe9."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _face_fields(face: FacePrediction | None) -> dict[str, Any]:
