@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,20 +21,23 @@ OLD_KEY = {"code": 400, "type": "InvalidKeyException", "message": "Token Authori
 
 @dataclass
 class Script:
-    """A server that gives the next of its answers to each request: status and JSON, `close`, or `sleep`."""
+    """A server that gives the next of its answers to each request: status and JSON, `close`, or `silence`."""
 
     answers: list[Any]
     requests: list[tuple[str, str | None, bytes]] = field(default_factory=list)
     connections: set[Any] = field(default_factory=set)
     address: str = ""
+    ended: threading.Event = field(default_factory=threading.Event)
 
 
 @pytest.fixture
 def scripted() -> Iterator[Callable[..., Script]]:
     servers: list[ThreadingHTTPServer] = []
+    scripts: list[Script] = []
 
     def start(*answers: Any) -> Script:
         script = Script(list(answers))
+        scripts.append(script)
         server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(script))
         servers.append(server)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
@@ -43,6 +45,8 @@ def scripted() -> Iterator[Callable[..., Script]]:
         return script
 
     yield start
+    for script in scripts:
+        script.ended.set()
     for server in servers:
         server.shutdown()
         server.server_close()
@@ -60,8 +64,8 @@ def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
             if answer == "close":
                 self.close_connection = True
                 return
-            if answer == "sleep":
-                time.sleep(1.0)
+            if answer == "silence":
+                script.ended.wait(timeout=60)
                 self.close_connection = True
                 return
             status, document = answer
@@ -115,7 +119,7 @@ def test_what_the_server_did_not_take_is_sent_again(scripted: Any, connect: Any,
 
 
 def test_a_slow_answer_is_not_asked_for_again(scripted: Any, connect: Any) -> None:
-    script = scripted("sleep", (200, ANSWER))
+    script = scripted("silence", (200, ANSWER))
     with pytest.raises(ServerError, match="no answer in time"):
         connect(script, answer_timeout_s=0.3).predict([b"1"])
     assert len(script.requests) == 1
