@@ -5,12 +5,12 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from batch.run import Request
+    from batch.request import Request
 
 # Ray and torch read these when they are imported. One thread a process, since there is a process for each core; nothing
 # is sent anywhere; nothing listens beyond this machine.
@@ -36,38 +36,53 @@ what OUT may be
   an unfinished run   of the same sources, model and options: it goes on, nothing is done twice or lost
   a finished run      nothing is done; see --append and --overwrite
 
-`python -m batch report OUT` writes OUT/report.html.
+`python -m batch report OUT` writes OUT/report.html (a directory of that name is ./report).
 exit code: 0 done, 1 the run stopped, 2 wrong call, 3 more than --max-bad failed, 130 interrupted
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code, see the epilog of --help."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    reporting = given[:1] == ["report"]
+    options = _report_parser().parse_args(given[1:]) if reporting else _parser().parse_args(given)
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _run(options)
+        return _run(_report if reporting else _score, options)
     except KeyboardInterrupt:
         print("\nbatch: interrupted; the same command goes on from here", file=sys.stderr)
         return _INTERRUPTED
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(action: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     from agegender import AgeGenderError
     from batch.errors import BatchError
-    from batch.run import run_batch
-    from batch.samples import write_samples
 
     try:
-        if options.samples:
-            write_samples(Path(options.sources[0]))
-        run_batch(_request(options), lambda text: print(text, flush=True))
+        action(options)
     except BatchError as error:
         return _complain(error, error.exit_code)
     except (AgeGenderError, ModuleNotFoundError, OSError, ValueError) as error:
         return _complain(error, _WRONG_CALL)
     return _DONE
+
+
+def _score(options: argparse.Namespace) -> None:
+    from batch.run import run_batch
+    from batch.samples import write_samples
+
+    if options.samples:
+        write_samples(Path(options.sources[0]))
+    run_batch(_request(options), lambda text: print(text, flush=True))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from batch.location import normalize
+    from batch.output import Output
+    from batch.report import write_report
+
+    print(f"wrote {write_report(Output(normalize(options.out)))}")
 
 
 def _complain(error: Exception, exit_code: int) -> int:
@@ -76,7 +91,7 @@ def _complain(error: Exception, exit_code: int) -> int:
 
 
 def _request(options: argparse.Namespace) -> "Request":
-    from batch.run import Request
+    from batch.request import Request
     from batch.scorer import ScoreOptions
 
     return Request(
@@ -89,6 +104,7 @@ def _request(options: argparse.Namespace) -> "Request":
         mode=options.mode,
         follow_links=options.follow_links,
         max_bad=options.max_bad,
+        dry_run=options.dry_run,
         address=options.address,
         workers=options.workers,
     )
@@ -126,10 +142,19 @@ def _parser() -> argparse.ArgumentParser:
         "--max-bad", type=_max_bad, metavar="N|N%%", help="stop when more inputs than this fail (default: never)"
     )
     how.add_argument("--follow-links", action="store_true", help="enter links to directories, each directory once")
+    how.add_argument("--dry-run", action="store_true", help="list and estimate, and write nothing")
     how.add_argument("--workers", type=int, default=0, help="processes that score (default: one a core)")
     how.add_argument("--address", help="a Ray cluster to run on (default: RAY_ADDRESS, or a private one here)")
     how.add_argument("--samples", action="store_true", help="first put sample photographs into SOURCE")
     parser.set_defaults(mode="resume")
+    return parser
+
+
+def _report_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m batch report", description="Writes OUT/report.html, a page about a finished output."
+    )
+    parser.add_argument("out", metavar="OUT", help="directory of the output, local or a URI")
     return parser
 
 

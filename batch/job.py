@@ -5,6 +5,8 @@
 
 import contextlib
 import errno
+import fcntl
+import glob
 import logging
 import os
 import secrets
@@ -14,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
@@ -22,7 +24,7 @@ from ray.data.checkpoint import CheckpointConfig
 
 from batch.errors import JobError
 from batch.output import Output
-from batch.progress import Tally
+from batch.progress import BlockReport, Tally
 from batch.scorer import BLOCK_SCHEMA, ScoreOptions, Scorer
 
 __all__ = ["Resources", "score_manifest"]
@@ -30,8 +32,10 @@ __all__ = ["Resources", "score_manifest"]
 # Reading, filtering by the checkpoint and writing each hold a logical CPU; with fewer than four a resumed run hangs.
 _SPARE_CPUS: Final = 3
 _OBJECT_STORE_BYTES: Final = 256 * 2**20
+_SCRATCH: Final = "agegender-ray-"
 _POLL_S: Final = 0.25
 _STUCK_S: Final = 300
+_TALLY_S: Final = 5
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ def score_manifest(
     options: ScoreOptions,
     model: bytes,
     resources: Resources,
-    on_progress: Callable[[dict[str, int]], None],
+    on_progress: Callable[[BlockReport], None],
 ) -> None:
     """Scores what the manifest holds and the checkpoint does not, into `output.parts`.
 
@@ -63,14 +67,14 @@ def score_manifest(
         options: what the values depend on.
         model: the artifact.
         resources: where the job runs.
-        on_progress: called several times a second, in this thread, with the inputs done by this call, by status. What
-            it raises ends the job.
+        on_progress: called several times a second, in this thread, with what this call has come to. What it raises
+            ends the job.
 
     Raises:
         JobError: the job cannot go on.
     """
     with _ray(resources):
-        tally = ray.remote(num_cpus=0)(Tally).remote()
+        tally = _RemoteTally(ray.remote(num_cpus=0)(Tally).remote())
         pipeline = _Pipeline(output, options, model, resources, tally)
         pipeline.start()
         while pipeline.is_alive():
@@ -82,15 +86,36 @@ def score_manifest(
         _poll(tally, on_progress)
 
 
-def _poll(tally: Any, on_progress: Callable[[dict[str, int]], None]) -> None:
+def _poll(tally: "_RemoteTally", on_progress: Callable[[BlockReport], None]) -> None:
     with contextlib.suppress(ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
-        on_progress(ray.get(tally.statuses.remote(), timeout=5))
+        on_progress(tally.total())
+
+
+class _RemoteTally:
+    """A `Tally` in an actor of its own, for all to call."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def begin(self, block: int) -> tuple[bool, list[str]]:
+        return cast("tuple[bool, list[str]]", ray.get(self._actor.begin.remote(block)))
+
+    def take(self, block: int, path: str) -> None:
+        ray.get(self._actor.take.remote(block, path))
+
+    def report(self, block: int, report: BlockReport, done: bool = False) -> None:
+        self._actor.report.remote(block, report, done)
+
+    def total(self) -> BlockReport:
+        return cast("BlockReport", ray.get(self._actor.total.remote(), timeout=_TALLY_S))
 
 
 class _Pipeline(threading.Thread):
     """Runs Ray Data's blocking call aside, so that the main thread can show progress and take Ctrl-C."""
 
-    def __init__(self, output: Output, options: ScoreOptions, model: bytes, resources: Resources, tally: Any) -> None:
+    def __init__(
+        self, output: Output, options: ScoreOptions, model: bytes, resources: Resources, tally: _RemoteTally
+    ) -> None:
         super().__init__(daemon=True)
         self.error: Exception | None = None
         self._output = output
@@ -149,20 +174,45 @@ def _worker_count(resources: Resources) -> int:
 @contextlib.contextmanager
 def _ray(resources: Resources) -> Iterator[None]:
     """Ray for the duration of a job: a cluster's, or a private one that leaves nothing behind."""
-    folder = tempfile.mkdtemp(prefix="agegender-ray-")
-    try:
-        with _quiet(os.path.join(folder, "engine.log")):
+    with _scratch() as folder, _quiet(os.path.join(folder, "engine.log")):
+        try:
             ray.init(
                 **({"address": resources.address} if resources.address else _private_cluster(resources, folder)),
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-            try:
-                yield
-            finally:
-                ray.shutdown()
+        except Exception as error:  # Ray raises bare ones here
+            ray.shutdown()
+            raise JobError(f"Ray did not start: {_first_line(error)} Nothing is lost; try again.") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[str]:
+    """A directory for Ray's sockets and logs; those that killed runs have left go too."""
+    for old in glob.glob(os.path.join(tempfile.gettempdir(), f"{_SCRATCH}*")):
+        with contextlib.suppress(OSError), _lock(old):
+            shutil.rmtree(old, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=_SCRATCH)
+    try:
+        with _lock(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(folder: str) -> Iterator[None]:
+    """Holds a directory as long as this process lives; BlockingIOError if another process does."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -197,11 +247,18 @@ def _explain(error: Exception) -> str:
     for cause in causes:
         if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             return "the disk is full; free some space and run the same command again to go on"
-    last = causes[-1]
-    return f"the engine stopped: {(str(last).strip().splitlines() or [type(last).__name__])[-1]}"
+    return f"the engine stopped: {_last_line(causes[-1])}; what is done stays done"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = getattr(error, "cause", None) or error.__cause__
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

@@ -1,19 +1,25 @@
 """Seeing a run: actors tell a tally what they have done, the driver shows it."""
 
+import heapq
 import sys
 import time
 from collections import Counter
-from typing import Final, TextIO
+from dataclasses import dataclass, field
+from typing import Final, Protocol, TextIO
 
 from tqdm import tqdm
 
-__all__ = ["GOOD", "Progress", "Tally", "bad_count"]
+__all__ = ["GOOD", "BlockReport", "Listener", "Progress", "Tally", "bad_count"]
 
 # The statuses of inputs that were looked at.
 GOOD: Final = ("ok", "no_face")
 
+_SLOWEST: Final = 20
+# A file is given up when the process that worked on it has died this often with nothing else in hand.
+_FATAL_DEATHS: Final = 2
+
 _TERMINAL_EVERY_S: Final = 0.25
-_LOG_EVERY_S: Final = (2.0, 60.0)
+_LOG_EVERY_S: Final = (4.0, 60.0)
 
 
 def bad_count(statuses: dict[str, int]) -> int:
@@ -21,30 +27,83 @@ def bad_count(statuses: dict[str, int]) -> int:
     return sum(count for status, count in statuses.items() if status not in GOOD)
 
 
+@dataclass
+class BlockReport:
+    """What a block has come to so far.
+
+    Attributes:
+        statuses: inputs by status.
+        stages_s: seconds by stage.
+        slowest: seconds and names of the slowest inputs, without the network's share.
+    """
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    stages_s: dict[str, float] = field(default_factory=dict)
+    slowest: list[tuple[float, str]] = field(default_factory=list)
+
+    def add(self, other: "BlockReport") -> None:
+        """Adds what another has come to."""
+        self.statuses.update(other.statuses)
+        for stage, seconds in other.stages_s.items():
+            self.stages_s[stage] = self.stages_s.get(stage, 0.0) + seconds
+        self.slowest = heapq.nlargest(_SLOWEST, self.slowest + other.slowest)
+
+
+class Listener(Protocol):
+    """What a process that scores tells of its work; see `Tally`."""
+
+    def begin(self, block: int) -> tuple[bool, list[str]]: ...
+    def take(self, block: int, path: str) -> None: ...
+    def report(self, block: int, report: BlockReport, done: bool = False) -> None: ...
+
+
 class Tally:
-    """Counts outcomes by status while they come. A block that is done again counts once."""
+    """Counts outcomes while they come, and finds out which input a process died of.
+
+    A block that is done again counts once.
+    """
 
     def __init__(self) -> None:
         """Counts nothing yet."""
-        self._total: Counter[str] = Counter()
-        self._running: dict[int, dict[str, int]] = {}
+        self._total = BlockReport()
+        self._running: dict[int, BlockReport] = {}
         self._done: set[int] = set()
+        self._begun: set[int] = set()
+        self._in_hand: dict[int, str] = {}
+        self._deaths: Counter[str] = Counter()
 
-    def report(self, block: int, statuses: dict[str, int], done: bool = False) -> None:
+    def begin(self, block: int) -> tuple[bool, list[str]]:
+        """A process starts on a block.
+
+        Returns:
+            Whether another died on it, so that this one should name each input to `take`; and the inputs to give up.
+        """
+        careful = block in self._begun
+        self._begun.add(block)
+        if block in self._in_hand:
+            self._deaths[self._in_hand.pop(block)] += 1
+        return careful, [path for path, deaths in self._deaths.items() if deaths >= _FATAL_DEATHS]
+
+    def take(self, block: int, path: str) -> None:
+        """A process takes an input in hand."""
+        self._in_hand[block] = path
+
+    def report(self, block: int, report: BlockReport, done: bool = False) -> None:
         """Takes what one block has come to."""
         if block in self._done:
             return
-        self._running[block] = statuses
+        self._running[block] = report
         if done:
-            self._total.update(self._running.pop(block))
+            self._total.add(self._running.pop(block))
             self._done.add(block)
+            self._in_hand.pop(block, None)
 
-    def statuses(self) -> dict[str, int]:
-        """Number of inputs by status."""
-        counts = self._total.copy()
-        for running in self._running.values():
-            counts.update(running)
-        return dict(counts)
+    def total(self) -> BlockReport:
+        """What all blocks have come to."""
+        total = BlockReport()
+        for each in (self._total, *self._running.values()):
+            total.add(each)
+        return total
 
 
 class Progress:
@@ -56,7 +115,7 @@ class Progress:
         Args:
             total: inputs to do in all.
             before: inputs that an earlier run has done.
-            stream: where the line goes; stderr by default.
+            stream: where the line goes; what is stderr at that moment by default.
         """
         self._total = total
         self._before = before
@@ -86,20 +145,19 @@ class Progress:
 
     def _text(self, now: float, done: int, bad: int) -> str:
         if self._first is None:
-            return f"starting: {self._before} of {self._total} images done"
+            return f"starting ({self._before:,} of {self._total:,} images done before)"
         since, first = self._first
-        return tqdm.format_meter(
+        elapsed = max(now - since, 1e-6)
+        text = tqdm.format_meter(
             done,
             self._total,
-            max(now - since, 1e-6),
+            elapsed,
             unit="img",
-            rate=(done - first) / max(now - since, 1e-6) or None,
-            ncols=100 if self._terminal else None,
-            bar_format=None
-            if self._terminal
-            else "{n_fmt}/{total_fmt} {percentage:.0f}% {rate_fmt}, {remaining} left{postfix}",
+            rate=(done - first) / elapsed or None,
+            ncols=100 if self._terminal else 0,
             postfix=f"{bad} bad" if bad else "",
         )
+        return str(text).strip()
 
     def _line(self, text: str) -> None:
         self._write(f"\r{text}\x1b[K" if self._terminal else f"{text}\n")

@@ -6,53 +6,25 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
-from typing import Any, Final, Literal
+from typing import Final
 
 import pyarrow.parquet as pq
 
-from agegender import Predictor
 from batch.errors import OutputError, SourceError, TooManyBadError
 from batch.listing import Listing, blocks_of, digest
 from batch.location import normalize
 from batch.output import Output, Run, now
-from batch.progress import Progress, bad_count
+from batch.preview import preview
+from batch.progress import BlockReport, Progress, bad_count
 from batch.publish import committed_parts, describe, publish
-from batch.scorer import ScoreOptions
+from batch.request import Request
 from batch.summary import bad_text, summary_text
 
-__all__ = ["Request", "run_batch"]
+__all__ = ["run_batch"]
 
 _JUDGE_AFTER: Final = 100
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a caller asks for.
-
-    Attributes:
-        sources: see `Listing`.
-        out: the output directory, local or a URI.
-        model: path of the artifact.
-        options: what the values depend on, beside the model.
-        mode: what to do with an output that is there: go on with the same run, add the inputs that it lacks, or start
-            anew.
-        follow_links: see `Listing`.
-        max_bad: the largest share (with %) or number of inputs that may fail, or None.
-        address: of a Ray cluster, or None.
-        workers: see `batch.job.Resources`.
-    """
-
-    sources: tuple[str, ...]
-    out: str
-    model: str
-    options: ScoreOptions = field(default_factory=ScoreOptions)
-    mode: Literal["resume", "append", "overwrite"] = "resume"
-    follow_links: bool = False
-    max_bad: str | None = None
-    address: str | None = None
-    workers: int = 0
 
 
 def run_batch(request: Request, say: Callable[[str], None]) -> None:
@@ -74,6 +46,9 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
     listing = Listing([normalize(source) for source in request.sources], output.name, request.follow_links)
     listing.check()
     output.check_ours()
+    if request.dry_run:
+        preview(request, listing, say)
+        return
     wanted, model = _identify(request, listing)
     output.check_writable()
     with output.locked():
@@ -87,9 +62,8 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
 def _identify(request: Request, listing: Listing) -> tuple[Run, bytes]:
     """What the run is, but for its inputs; loads the chain once, to fail before anything has begun."""
     options = asdict(request.options)
-    values = {name: value for name, value in options.items() if name != "max_bytes"}
-    predictor = Predictor(request.model, device="cpu", **values)
-    spec, sha256 = predictor.model.spec, predictor.model.sha256
+    chain = request.options.predictor(request.model, device="cpu").model
+    spec, sha256 = chain.spec, chain.sha256
     with open(request.model, "rb") as file:
         model = file.read()
     if hashlib.sha256(model).hexdigest() != sha256:
@@ -187,7 +161,17 @@ def _finish(
     parts, counts = committed_parts(output)
     watch.judge(counts.statuses)
     publish(output, run, parts)
-    summary = _summary(output, run, counts.inputs - before.inputs, time.monotonic() - started, watch.startup_s(started))
+    done, seconds, startup_s = counts.inputs - before.inputs, time.monotonic() - started, watch.startup_s(started)
+    summary = {
+        **describe(output),
+        "seconds": round(seconds, 3),
+        "startup_s": round(startup_s, 3),
+        "images_per_s": round(done / max(seconds - startup_s, 1e-3), 2) if done else 0.0,
+        "stages_s": {stage: round(value, 3) for stage, value in watch.report.stages_s.items()},
+        "slowest": [{"path": path, "seconds": round(value, 4)} for value, path in watch.report.slowest],
+        "finished": now(),
+        "run": asdict(run),
+    }
     output.finish(summary)
     say(summary_text(summary, output.name))
 
@@ -212,12 +196,14 @@ class _Watch:
         self._statuses: Counter[str] = before.copy()
         self._progress = Progress(run.inputs, before=sum(before.values()))
         self._first: float | None = None
+        self.report = BlockReport()
 
-    def see(self, statuses: dict[str, int]) -> None:
-        """Takes the inputs that this call has done, by status."""
-        if statuses and self._first is None:
+    def see(self, report: BlockReport) -> None:
+        """Takes what this call has come to so far."""
+        self.report = report
+        if report.statuses and self._first is None:
             self._first = time.monotonic()
-        self._statuses = self._before + Counter(statuses)
+        self._statuses = self._before + report.statuses
         done = sum(self._statuses.values())
         self._progress.show(done, bad_count(self._statuses))
         if done >= _JUDGE_AFTER:
@@ -239,14 +225,3 @@ class _Watch:
 
 def _allowed(max_bad: str, done: int) -> float:
     return float(max_bad[:-1]) / 100 * done if max_bad.endswith("%") else float(max_bad)
-
-
-def _summary(output: Output, run: Run, done: int, seconds: float, startup_s: float) -> dict[str, Any]:
-    return {
-        **describe(output),
-        "seconds": round(seconds, 3),
-        "startup_s": round(startup_s, 3),
-        "images_per_s": round(done / max(seconds - startup_s, 1e-3), 2) if done else 0.0,
-        "finished": now(),
-        "run": asdict(run),
-    }

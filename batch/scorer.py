@@ -2,9 +2,9 @@
 
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import pyarrow as pa
@@ -12,13 +12,15 @@ import pyarrow as pa
 from agegender import AgeGenderError, ImageResult, Item, Predictor
 from agegender.records import arrow_schema, to_rows
 from batch.location import read_bytes
+from batch.progress import BlockReport, Listener
 
-__all__ = ["BLOCK_SCHEMA", "ScoreOptions", "Scorer"]
+__all__ = ["BLOCK_SCHEMA", "ScoreOptions", "Scorer", "score"]
 
 # What Ray writes: the final columns, and the block that its checkpoint speaks of.
 BLOCK_SCHEMA: Final = pa.schema([pa.field("block", pa.int64()), pa.field("id", pa.int64()), *arrow_schema()])
 
 _REPORT_EVERY_S: Final = 0.5
+_DIED: Final = "the process that worked on this file died, each time"
 
 
 @dataclass(frozen=True)
@@ -39,33 +41,33 @@ class ScoreOptions:
     max_pixels: int = 100_000_000
     max_bytes: int = 512_000_000
 
+    def predictor(self, model: str | Path, **arguments: Any) -> Predictor:
+        """The chain with these options, and more arguments of `Predictor`."""
+        values = {name: value for name, value in asdict(self).items() if name != "max_bytes"}
+        return Predictor(model, **values, **arguments)
+
 
 class Scorer:
     """Loads the chain once, then scores blocks of the manifest."""
 
-    def __init__(self, options: ScoreOptions, model: bytes, device: str, tally: Any) -> None:
+    def __init__(self, options: ScoreOptions, model: bytes, device: str, tally: Listener) -> None:
         """Loads the chain.
 
         Args:
             options: what the values depend on.
             model: the artifact, which travels with the job so that no node needs the file.
             device: where the network runs, see `Predictor`.
-            tally: handle of a `batch.progress.Tally` actor.
+            tally: is told of what is done.
         """
-        self._options = options
+        self._max_bytes = options.max_bytes
         self._tally = tally
+        self._report = BlockReport()
+        self._input_s: dict[str, float] = {}
+        self._input = ""
         with tempfile.NamedTemporaryFile(suffix=".pt") as file:
             file.write(model)
             file.flush()
-            self._predictor = Predictor(
-                file.name,
-                faces=options.faces,
-                min_score=options.min_score,
-                max_faces=options.max_faces,
-                max_pixels=options.max_pixels,
-                device=device,
-                threads=1,
-            )
+            self._predictor = options.predictor(file.name, device=device, threads=1, on_stage=self._on_stage)
 
     def __call__(self, blocks: pa.Table) -> pa.Table:
         """Rows of `batch.listing.MANIFEST_SCHEMA` -> rows of `BLOCK_SCHEMA`."""
@@ -75,42 +77,69 @@ class Scorer:
     def _score(self, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
         # The network's last bits depend on which faces share a batch. Blocks never do, so a run that was interrupted
         # gives the same bits as one that was not.
-        results = score(self._predictor, block["paths"], block["errors"], max_bytes=self._options.max_bytes)
-        statuses: Counter[str] = Counter()
+        number, paths = block["block"], block["paths"]
+        careful, fatal = self._tally.begin(number)
+        errors = [_DIED if path in fatal else error for path, error in zip(paths, block["errors"], strict=True)]
+        self._report, self._input_s = BlockReport(), {}
         reported = time.monotonic()
-        for number, result in enumerate(results, block["first_id"]):
-            statuses[result.status] += 1
-            yield from ({"block": block["block"], "id": number, **row} for row in to_rows(result))
+        results = score(self._predictor, paths, errors, lambda path: self._read(number, path, careful))
+        for id_, result in enumerate(results, block["first_id"]):
+            self._report.statuses[result.status] += 1
+            yield from ({"block": number, "id": id_, **row} for row in to_rows(result))
             if time.monotonic() - reported > _REPORT_EVERY_S:
-                self._tally.report.remote(block["block"], dict(statuses))
+                self._tally.report(number, self._report)
                 reported = time.monotonic()
-        self._tally.report.remote(block["block"], dict(statuses), done=True)
+        self._report.add(BlockReport(slowest=[(seconds, path) for path, seconds in self._input_s.items()]))
+        self._tally.report(number, self._report, done=True)
+
+    def _read(self, block: int, path: str, careful: bool) -> bytes:
+        if careful:
+            self._tally.take(block, path)
+        self._input = path
+        started = time.perf_counter()
+        try:
+            return read_bytes(path, max_bytes=self._max_bytes)
+        finally:
+            self._on_stage("read", time.perf_counter() - started)
+
+    def _on_stage(self, stage: str, seconds: float) -> None:
+        self._report.add(BlockReport(stages_s={stage: seconds}))
+        if stage != "predict":  # which is of many inputs together
+            self._input_s[self._input] = self._input_s.get(self._input, 0.0) + seconds
 
 
-def score(predictor: Predictor, paths: list[str], errors: list[str | None], *, max_bytes: int) -> Iterator[ImageResult]:
+def score(
+    predictor: Predictor, paths: Sequence[str], errors: Sequence[str | None], read: Callable[[str], bytes]
+) -> Iterator[ImageResult]:
     """Names -> results, one for each and in order; a file that cannot be read has a result too.
 
     Args:
         predictor: the chain.
         paths: names of the inputs.
-        errors: what the listing already found wrong with each, or None.
-        max_bytes: a larger file is not read.
+        errors: what is already known to be wrong with each, or None.
+        read: name -> bytes.
     """
     unread: dict[int, ImageResult] = {}
 
     def items() -> Iterator[Item]:
         for position, (path, error) in enumerate(zip(paths, errors, strict=True)):
             try:
-                if error is not None:
-                    raise OSError(0, error)
-                item = Item(read_bytes(path, max_bytes=max_bytes), path)
+                data = _read_unless(error, path, read)
             except (OSError, ValueError, AgeGenderError, pa.ArrowException) as failure:
                 unread[position] = _unread(path, failure)
-                item = Item(b"", path)  # keeps its place; its result is replaced
-            yield item
+                data = b""  # keeps its place; its result is replaced
+            yield Item(data, path)
 
     for position, result in enumerate(predictor.stream(items())):
         yield unread.pop(position, result)
+
+
+def _read_unless(error: str | None, path: str, read: Callable[[str], bytes]) -> bytes:
+    if error == _DIED:
+        raise AgeGenderError(error)
+    if error is not None:
+        raise OSError(0, error)
+    return read(path)
 
 
 def _unread(path: str, failure: Exception) -> ImageResult:

@@ -1,0 +1,393 @@
+"""What a run does to its output directory, with an engine of this process in Ray's place."""
+
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import batch.job
+from agegender import Predictor
+from batch.__main__ import main
+from batch.errors import IncompleteError, JobError, OutputError, SourceError, TooManyBadError
+from batch.listing import Input, blocks_of
+from batch.output import Output
+from batch.progress import BlockReport, Progress, Tally, bad_count
+from batch.publish import committed_parts
+from batch.report import write_report
+from batch.request import Request
+from batch.run import run_batch
+from batch.samples import write_samples
+from batch.scorer import BLOCK_SCHEMA, ScoreOptions, Scorer, score
+
+WHOLE = ScoreOptions(faces="whole")
+
+
+class Engine:
+    """Does what Ray does, block by block in this process, and can stop after some.
+
+    Attributes:
+        stop_after: blocks to do before it fails; None does all.
+        calls: how often it ran.
+        blocks: the blocks that it did, in order.
+    """
+
+    def __init__(self) -> None:
+        self.stop_after: int | None = None
+        self.calls = 0
+        self.blocks: list[int] = []
+
+    def __call__(
+        self, output: Output, options: ScoreOptions, model: bytes, _: Any, on_progress: Callable[[BlockReport], None]
+    ) -> None:
+        self.calls += 1
+        tally = Tally()
+        scorer = Scorer(options, model, "cpu", tally)
+        done = {block for part in committed_parts(output)[0] for block in part.blocks}
+        left = [row for row in pq.read_table(output.manifest).to_pylist() if row["block"] not in done]
+        for folder in (output.parts, output.checkpoint):
+            os.makedirs(folder, exist_ok=True)
+        for number, row in enumerate(left):
+            if number == self.stop_after:
+                raise JobError("the engine stopped")
+            table = scorer(pa.Table.from_pylist([row]))
+            stem = f"{self.calls}_{row['block']:06}"
+            pq.write_table(table, f"{output.parts}/{stem}-0.parquet")
+            pq.write_table(table.select(["block"]), f"{output.checkpoint}/{stem}.parquet")
+            self.blocks.append(row["block"])
+            on_progress(tally.total())
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
+    engine = Engine()
+    monkeypatch.setattr(batch.job, "score_manifest", engine)
+    return engine
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Forty chips and ten files that are no images."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for number in range(50):
+        buffer = io.BytesIO()
+        Image.new("RGB", (64, 64), (5 * number, 100, 200)).save(buffer, "PNG")
+        (folder / f"{number:02}.png").write_bytes(b"words" if number % 5 == 0 else buffer.getvalue())
+    return folder
+
+
+@pytest.fixture
+def request_(source: Path, tmp_path: Path, model_path: Path) -> Request:
+    return Request((str(source),), str(tmp_path / "out"), str(model_path), WHOLE)
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+def test_a_run_goes_from_nothing_to_finished(request_: Request, engine: Engine, said: list[str]) -> None:
+    run_batch(request_, said.append)
+    out = Path(request_.out)
+    assert sorted(path.name.split("-")[0] for path in out.iterdir()) == ["_SUCCESS", "_summary.json", "faces"]
+    summary = json.loads((out / "_summary.json").read_text())
+    assert summary["statuses"] == {"ok": 40, "not_image": 10}
+    assert summary["inputs"] == 50 == len(pd.read_parquet(out))
+    assert set(summary["stages_s"]) >= {"read", "decode", "predict"}
+    assert len(summary["slowest"]) == 20
+    assert "50 files, 40 faces" in said[-1]
+
+
+def test_a_finished_run_is_left_alone(request_: Request, engine: Engine, said: list[str]) -> None:
+    run_batch(request_, said.append)
+    run_batch(request_, said.append)
+    assert engine.calls == 1
+    assert "Nothing to do" in said[-1]
+
+
+def test_an_interrupted_run_does_only_the_rest(request_: Request, engine: Engine, said: list[str]) -> None:
+    whole = replace(request_, out=f"{request_.out}-whole")
+    run_batch(whole, said.append)
+    engine.blocks.clear()
+    engine.stop_after = 2
+    with pytest.raises(JobError):
+        run_batch(request_, said.append)
+    assert Output(request_.out).finished() is None
+    engine.stop_after = None
+    run_batch(request_, said.append)
+    assert sorted(engine.blocks) == list(range(7))
+    assert pq.read_table(request_.out).equals(pq.read_table(whole.out))
+    assert any("16 of 50 files were done before" in text for text in said)
+
+
+def test_an_interrupted_listing_begins_anew(request_: Request, engine: Engine, said: list[str]) -> None:
+    manifest = Path(request_.out) / "_run" / "manifest"
+    manifest.mkdir(parents=True)
+    (manifest / "blocks-00007.parquet").write_bytes(b"PAR")
+    run_batch(request_, said.append)
+    assert len(pd.read_parquet(request_.out)) == 50
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"options": ScoreOptions()}, "--faces was whole and is now detect"),
+        ({"options": replace(WHOLE, max_bytes=7)}, "--max-bytes was 512000000 and is now 7"),
+        ({"sources": ("tests",)}, "its inputs were .*source and are now .*tests"),
+    ],
+)
+def test_another_run_is_refused_with_the_reason(
+    request_: Request, engine: Engine, said: list[str], change: dict[str, Any], reason: str, finished: bool
+) -> None:
+    if finished:
+        run_batch(request_, said.append)
+    else:
+        engine.stop_after = 1
+        with pytest.raises(JobError):
+            run_batch(request_, said.append)
+    with pytest.raises(OutputError, match=reason):
+        run_batch(replace(request_, **change), said.append)
+
+
+def test_another_model_is_refused(request_: Request, engine: Engine, said: list[str], tmp_path: Path) -> None:
+    run_batch(request_, said.append)
+    path = Path(request_.out) / "_summary.json"
+    summary = json.loads(path.read_text())
+    summary["run"]["model"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(summary))
+    with pytest.raises(OutputError, match=r"its model was .*00000000"):
+        run_batch(request_, said.append)
+
+
+def test_append_adds_what_is_new_and_nothing_twice(
+    request_: Request, engine: Engine, said: list[str], source: Path
+) -> None:
+    run_batch(request_, said.append)
+    again = replace(request_, mode="append")
+    run_batch(again, said.append)
+    assert "Nothing to add" in said[-1]
+    assert Output(request_.out).finished()
+    (source / "late.png").write_bytes(b"words")
+    engine.stop_after = 0
+    with pytest.raises(JobError):
+        run_batch(again, said.append)
+    assert Output(request_.out).finished() is None
+    with pytest.raises(OutputError, match="finish it without --append"):
+        run_batch(again, said.append)
+    engine.stop_after = None
+    run_batch(request_, said.append)
+    table = pd.read_parquet(request_.out)
+    assert len(table) == table["path"].nunique() == table["id"].nunique() == 51
+    assert json.loads((Path(request_.out) / "_summary.json").read_text())["inputs"] == 51
+
+
+def test_overwrite_starts_anew(request_: Request, engine: Engine, said: list[str], source: Path) -> None:
+    run_batch(request_, said.append)
+    (source / "00.png").unlink()
+    run_batch(replace(request_, mode="overwrite", options=replace(WHOLE, max_bytes=10**6)), said.append)
+    assert len(pd.read_parquet(request_.out)) == 49
+    assert len(list(Path(request_.out).glob("faces-*"))) == 1
+
+
+@pytest.mark.parametrize("mode", ["resume", "append", "overwrite"])
+def test_files_of_others_are_never_touched(request_: Request, engine: Engine, said: list[str], mode: str) -> None:
+    diary = Path(request_.out) / "diary.txt"
+    diary.parent.mkdir()
+    diary.write_text("dear diary")
+    with pytest.raises(OutputError, match=r"diary\.txt"):
+        run_batch(replace(request_, mode=mode), said.append)  # type: ignore[arg-type]
+    assert [path.name for path in diary.parent.iterdir()] == ["diary.txt"]
+
+
+def test_what_is_wrong_is_said_before_anything_begins(
+    request_: Request, engine: Engine, said: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SourceError, match="does not exist"):
+        run_batch(replace(request_, sources=(str(tmp_path / "gone"),)), said.append)
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is a file"):
+        run_batch(replace(request_, out=str(tmp_path / "file")), said.append)
+    with pytest.raises(OutputError, match="cannot write to"):
+        run_batch(replace(request_, out="/proc/out"), said.append)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match="found no files"):
+        run_batch(replace(request_, sources=(str(tmp_path / "empty"),)), said.append)
+    assert not engine.calls
+
+
+def test_two_runs_do_not_share_an_output(request_: Request, engine: Engine, said: list[str]) -> None:
+    Path(request_.out).mkdir()
+    with Output(request_.out).locked(), pytest.raises(OutputError, match="another run is writing"):
+        run_batch(request_, said.append)
+
+
+def test_too_many_bad_inputs_end_the_run_until_more_are_allowed(
+    request_: Request, engine: Engine, said: list[str]
+) -> None:
+    with pytest.raises(TooManyBadError, match=r"10 of 50 inputs .*10 not_image.*--max-bad 5%"):
+        run_batch(replace(request_, max_bad="5%"), said.append)
+    assert not (Path(request_.out) / "_SUCCESS").exists()
+    run_batch(replace(request_, max_bad="10"), said.append)
+    assert engine.calls == 1
+    assert (Path(request_.out) / "_SUCCESS").exists()
+
+
+def test_a_block_that_was_written_twice_counts_once_and_a_lost_one_is_missed(
+    request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.stop_after = 3
+    with pytest.raises(JobError):
+        run_batch(request_, said.append)
+    run = Path(request_.out) / "_run"
+    part, check = sorted((run / "parts").iterdir())[0], sorted((run / "checkpoint").iterdir())[0]
+    (run / "parts" / "9_000000-0.parquet").write_bytes(part.read_bytes())
+    (run / "checkpoint" / "9_000000.parquet").write_bytes(check.read_bytes())
+    (run / "checkpoint" / "8_000000.pending.parquet").write_bytes(check.read_bytes())
+    parts, counts = committed_parts(Output(request_.out))
+    assert counts.inputs == 24
+    assert sorted(block for part in parts for block in part.blocks) == [0, 1, 2]
+    monkeypatch.setattr(batch.job, "score_manifest", lambda *_: None)
+    with pytest.raises(IncompleteError, match="26 of 50"):
+        run_batch(request_, said.append)
+
+
+def test_dry_run_counts_and_writes_nothing(request_: Request, engine: Engine, said: list[str]) -> None:
+    run_batch(replace(request_, dry_run=True), said.append)
+    assert not Path(request_.out).exists()
+    text = "\n".join(said)
+    assert "50 files" in text
+    assert ".png" in text
+    assert "not_image" in text
+    assert "about" in text
+
+
+def test_the_report_is_one_page_that_escapes_what_it_shows(
+    request_: Request, engine: Engine, said: list[str], source: Path, group_jpeg: bytes
+) -> None:
+    (source / "<script>alert(1)<script>.png").write_bytes(b"words")
+    (source / "group.jpg").write_bytes(group_jpeg)
+    run_batch(replace(request_, options=ScoreOptions()), said.append)
+    page = Path(write_report(Output(request_.out))).read_text()
+    assert "&lt;script&gt;alert" in page
+    assert "<script" not in page
+    assert "http" not in page
+    assert page.count("data:image/jpeg;base64,") == 2
+    for title in ("Status", "Perceived age", "Perceived gender", "Width of the age interval", "Slowest", "least sure"):
+        assert title in page
+    run_batch(replace(request_, options=ScoreOptions()), said.append)
+    assert "Nothing to do" in said[-1]
+
+
+def test_readers_of_other_libraries_see_the_schema(request_: Request, engine: Engine, said: list[str]) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    run_batch(request_, said.append)
+    count, ages = duckdb.sql(f"select count(distinct path), count(age) from '{request_.out}/*.parquet'").fetchall()[0]
+    assert (count, ages) == (50, 40)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gone", "out"], "gone does not exist"),
+        (["tests", "out", "--model", "gone.pt"], "cannot read the model gone.pt"),
+        (["tests", "out", "--min-score", "7"], "min_score"),
+        (["report", "gone"], "is not a finished output"),
+    ],
+)
+def test_a_wrong_call_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    arguments = [str(tmp_path / "out") if argument == "out" else argument for argument in arguments]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["5", "0", "2.5%"])
+def test_max_bad_takes_numbers_and_shares(value: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([str(tmp_path / "gone"), str(tmp_path / "out"), "--max-bad", value]) == 2
+    with pytest.raises(SystemExit):
+        main(["gone", "out", "--max-bad", f"x{value}"])
+    assert "neither a number of inputs" in capsys.readouterr().err
+
+
+def test_samples_are_two_photographs_and_two_files_that_are_none(tmp_path: Path, predictor: Predictor) -> None:
+    write_samples(tmp_path)
+    paths = sorted(map(str, tmp_path.iterdir()))
+    results = score(predictor, paths, [None] * len(paths), lambda path: Path(path).read_bytes())
+    assert sorted(result.status for result in results) == ["not_image", "ok", "ok", "unreadable"]
+
+
+def test_scoring_keeps_order_and_puts_each_failure_in_its_place(predictor: Predictor, group_jpeg: bytes) -> None:
+    def read(path: str) -> bytes:
+        if path == "gone":
+            raise FileNotFoundError(2, "No such file or directory")
+        if path == "nul":
+            raise ValueError("embedded null byte")
+        return group_jpeg
+
+    paths, errors = ["a", "gone", "b", "listed", "nul", "c"], [None, None, None, "cannot be listed", None, None]
+    results = list(score(predictor, paths, errors, read))
+    assert [result.path for result in results] == paths
+    assert [result.status for result in results] == ["ok", "unreadable", "ok", "unreadable", "unreadable", "ok"]
+    assert results[1].error == "cannot be read: No such file or directory"
+    assert results[3].error == "cannot be read: cannot be listed"
+
+
+def test_a_file_that_kills_its_process_is_given_up(model_path: Path, tmp_path: Path) -> None:
+    class Died(BaseException):
+        """Stands for the end of the process."""
+
+    class Mortal(Scorer):
+        def _read(self, block: int, path: str, careful: bool) -> bytes:
+            data = super()._read(block, path, careful)
+            if path.endswith("3.png"):
+                raise Died
+            return data
+
+    for number in range(6):
+        Image.fromarray(np.full((64, 64, 3), number, np.uint8)).save(tmp_path / f"{number}.png")
+    (table,) = blocks_of(Input(str(tmp_path / f"{number}.png")) for number in range(6))
+    tally = Tally()
+    for _ in range(3):
+        with pytest.raises(Died):
+            Mortal(WHOLE, model_path.read_bytes(), "cpu", tally)(table)
+    rows = Mortal(WHOLE, model_path.read_bytes(), "cpu", tally)(table)
+    assert rows.schema.equals(BLOCK_SCHEMA)
+    assert rows["status"].to_pylist() == ["ok", "ok", "ok", "failed", "ok", "ok"]
+    assert "died" in rows["error"].to_pylist()[3]
+    assert bad_count(tally.total().statuses) == 1
+
+
+def test_a_block_that_is_done_again_is_counted_once() -> None:
+    tally = Tally()
+    tally.report(0, BlockReport(statuses={"ok": 5}))  # type: ignore[arg-type]
+    for _ in range(2):
+        tally.report(0, BlockReport(statuses={"ok": 8}), done=True)  # type: ignore[arg-type]
+    tally.report(1, BlockReport(statuses={"failed": 1}))  # type: ignore[arg-type]
+    assert tally.total().statuses == {"ok": 8, "failed": 1}
+
+
+def test_progress_in_a_log_is_few_plain_lines() -> None:
+    stream = io.StringIO()
+    progress = Progress(1000, before=100, stream=stream)
+    for done in range(100, 1000):
+        progress.show(done, 3)
+    progress.close(1000, 3)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 2
+    assert "\r" not in stream.getvalue()
+    assert "1000/1000" in lines[-1]
+    assert "3 bad" in lines[-1]
