@@ -15,6 +15,8 @@ from agegender.image import quiet_pillow
 from agegender.model import DEFAULT_MODEL
 from agegender.records import to_json
 
+__all__ = ["main"]
+
 _COLUMNS = "{:<32} {:>4} {:>8} {:>9}  {:<7} {:>5} {:>6}"
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from agegender.detector import Face
 from agegender.image import Pixels
 
-__all__ = ["cut_chip"]
+__all__ = ["TEMPLATE", "cut_chip"]
 
 # Mean YuNet landmarks of the 200 px aligned UTKFace chips as (x, y), as shares of the chip's side. The chip of a
 # detected face thus shows what an aligned UTKFace chip shows: the face with its forehead and chin.

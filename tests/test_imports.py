@@ -1,0 +1,106 @@
+"""The core stands alone: it imports nothing of what is built on it, and is changed by nothing but calls."""
+
+import importlib
+import inspect
+import json
+import os
+import pickle
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import agegender
+from agegender import AgeGenderError, ImageDecodeError, ImageTooLargeError, ModelLoadError, NotAnImageError
+
+MODULES = ["agegender", *(f"agegender.{each.name}" for each in pkgutil.iter_modules(agegender.__path__))]
+FOREIGN = ["ts", "torchserve", "ray", "streamlit", "training", "handler", "batch", "app", "torchvision", "timm"]
+
+LOOK_AROUND = """
+import importlib, json, logging, os, sys, threading, warnings
+import cv2, numpy, PIL.Image, torch, urllib3  # they may do as they like
+def state():
+    return [
+        torch.get_num_threads(), torch.get_num_interop_threads(), cv2.getNumThreads(), torch.is_grad_enabled(),
+        warnings.filters[:], logging.getLogger().handlers[:], logging.getLogger().level, logging.getLogger("PIL").level,
+        dict(os.environ), os.getcwd(), sys.path[:], threading.active_count(), sorted(os.listdir("."))]
+before = state()
+for name in json.loads(sys.argv[1]):
+    importlib.import_module(name)
+assert state() == before, [b for a, b in zip(before, state()) if a != b]
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+
+
+def python(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-W", "error:::agegender", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+
+
+def test_the_core_imports_alone_and_changes_nothing(tmp_path):
+    """In a process of its own, away from the repository, without a word."""
+    done = python("-c", LOOK_AROUND, json.dumps(MODULES), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not set(json.loads(done.stdout)) & set(FOREIGN)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_all_is_true_and_complete(name):
+    """What a module defines in public is listed, sorted, there, and has a docstring."""
+    module = importlib.import_module(name)
+    assert module.__doc__
+    listed = module.__all__
+    assert list(listed) == sorted(listed, key=lambda each: (not each.isupper(), not each[0].isupper(), each))
+    assert len(set(listed)) == len(listed)
+    for each in listed:
+        value = getattr(module, each)
+        assert not (inspect.isclass(value) or inspect.isfunction(value)) or inspect.getdoc(value), each
+    if name != "agegender":
+        defined = {each for each, value in vars(module).items() if getattr(value, "__module__", None) == name}
+        constants = {each for each in vars(module) if each.isupper() and _is_assigned(module, each)}
+        assert {each for each in defined | constants if not each.startswith("_")} <= set(listed)
+
+
+def _is_assigned(module, name):
+    return any(line.startswith((f"{name}:", f"{name} =")) for line in inspect.getsource(module).splitlines())
+
+
+def test_what_the_package_exports_is_what_its_modules_export():
+    for name in agegender.__all__:
+        value = getattr(agegender, name)
+        assert name in importlib.import_module(value.__module__).__all__
+
+
+def test_the_tree_of_errors():
+    assert issubclass(NotAnImageError, ImageDecodeError)
+    for error in (ImageDecodeError, ImageTooLargeError, ModelLoadError):
+        assert error.__bases__ == (AgeGenderError,)
+    assert AgeGenderError.__bases__ == (Exception,)
+    statuses = {each.__name__: each.status for each in (AgeGenderError, ImageDecodeError, NotAnImageError)}
+    assert statuses == {"AgeGenderError": "failed", "ImageDecodeError": "unreadable", "NotAnImageError": "not_image"}
+    assert ImageTooLargeError.status == "too_large"
+
+
+def test_the_docstring_draws_every_error():
+    from agegender import errors
+
+    drawn = errors.__doc__.split("Every error")[0]
+    assert {name for name in errors.__all__ if name in drawn} == set(errors.__all__)
+
+
+@pytest.mark.parametrize("error", [ImageTooLargeError("large", width=3, height=4), NotAnImageError("none")])
+def test_errors_travel_between_processes(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))
+
+
+def test_the_package_is_typed(repository):
+    assert (repository / "agegender" / "py.typed").exists()
