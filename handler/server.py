@@ -145,7 +145,8 @@ class Server:
         command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs", "--ts-config", str(self.config)]
         with (self.temporary / "start.log").open("wb") as output:
             started = subprocess.run(command, cwd=self.directory, env=environment, stdout=output, stderr=output)
-        if started.returncode or not self.process():
+        # Its command line is not readable in the moment in which a process becomes Java.
+        if started.returncode or not _wait(lambda: self.process() is not None, time.monotonic() + 10):
             raise ServingError(f"TorchServe did not start: {self._last_words()}")
 
     def _wait_until_ready(self, timeout_s: float) -> None:
