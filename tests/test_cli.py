@@ -92,7 +92,8 @@ def test_a_closed_pipe_is_no_error(run, repository, folder):
     )
     assert json.loads(process.stdout.readline())["status"] == "no_face"
     process.stdout.close()
-    assert process.stderr.read() == ""
+    with process.stderr:
+        assert process.stderr.read() == ""
     assert process.wait(120) == 0
 
 
@@ -184,11 +185,16 @@ def test_whole_takes_each_photo_as_a_face(call, folder):
 # --- annotated copies ------------------------------------------------------------------------------------------------
 
 
+def size_of(path):
+    with Image.open(path) as image:
+        return image.size
+
+
 def test_draw_writes_copies_of_photos_with_faces(call, folder):
     target = folder / "new" / "directory"
     assert call("--draw", target, folder / "astronaut.png", folder / "blank.png", folder / "broken.jpg")[0] == 1
     assert [path.name for path in target.iterdir()] == ["astronaut-faces.png"]
-    assert Image.open(target / "astronaut-faces.png").size == (512, 512)
+    assert size_of(target / "astronaut-faces.png") == (512, 512)
 
 
 def test_draw_leaves_the_photos_as_they_are(call, folder, astronaut):
@@ -208,7 +214,7 @@ def test_draw_keeps_photos_of_one_name_apart(call, folder, tmp_path_factory, gra
     photos = [folder / "astronaut.png", other / "astronaut.png", other / "astronaut.jpg"]
     for _ in range(2):  # a second run writes the same files anew
         assert call("--draw", target, *photos)[0] == 0
-        sizes = {path.name: Image.open(path).size for path in target.iterdir()}
+        sizes = {path.name: size_of(path) for path in target.iterdir()}
         assert sizes == {
             "astronaut-faces.png": (512, 512),
             "astronaut-faces-2.png": (512, 600),
