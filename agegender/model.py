@@ -197,7 +197,7 @@ def _load(path: Path, device: torch.device) -> tuple[ModelSpec, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and still runs it
-            module = torch.jit.load(str(path), map_location=device, _extra_files=extra)
+            module = torch.jit.load(str(path), map_location=device, _extra_files=extra)  # type: ignore[no-untyped-call]
             if not extra[SPEC_FILE]:
                 raise ModelLoadError(f"{path} holds no {SPEC_FILE}: it was not made by `make train`")
             spec = ModelSpec.from_json(extra[SPEC_FILE])
