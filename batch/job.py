@@ -33,6 +33,7 @@ __all__ = ["Resources", "score_manifest"]
 _SPARE_CPUS: Final = 3
 _OBJECT_STORE_BYTES: Final = 256 * 2**20
 _SCRATCH: Final = "agegender-ray-"
+_STARTS: Final = 3
 _POLL_S: Final = 0.25
 _STUCK_S: Final = 300
 _TALLY_S: Final = 5
@@ -175,19 +176,24 @@ def _worker_count(resources: Resources) -> int:
 def _ray(resources: Resources) -> Iterator[None]:
     """Ray for the duration of a job: a cluster's, or a private one that leaves nothing behind."""
     with _scratch() as folder, _quiet(os.path.join(folder, "engine.log")):
-        try:
-            ray.init(
-                **({"address": resources.address} if resources.address else _private_cluster(resources, folder)),
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except Exception as error:  # Ray raises bare ones here
-            ray.shutdown()
-            raise JobError(f"Ray did not start: {_first_line(error)} Nothing is lost; try again.") from error
+        _start(resources, folder)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _start(resources: Resources, folder: str) -> None:
+    """Starts or joins Ray. It gives itself 30 s, which a machine that is busy with other things may not keep."""
+    for attempt in range(_STARTS):
+        cluster = {"address": resources.address} if resources.address else _private_cluster(resources, folder)
+        try:
+            ray.init(**cluster, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        except Exception as error:  # Ray raises bare ones here
+            ray.shutdown()
+            if resources.address or attempt + 1 == _STARTS:
+                raise JobError(f"Ray did not start: {_first_line(error)} Nothing is lost; try again.") from error
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ _SLOWEST: Final = 20
 # A file is given up when the process that worked on it has died this often with nothing else in hand.
 _FATAL_DEATHS: Final = 2
 
+_STEADY_S: Final = 0.5
 _TERMINAL_EVERY_S: Final = 0.25
 _LOG_EVERY_S: Final = (4.0, 60.0)
 
@@ -147,13 +148,13 @@ class Progress:
         if self._first is None:
             return f"starting ({self._before:,} of {self._total:,} images done before)"
         since, first = self._first
-        elapsed = max(now - since, 1e-6)
+        elapsed = now - since
         text = tqdm.format_meter(
             done,
             self._total,
             elapsed,
             unit="img",
-            rate=(done - first) / elapsed or None,
+            rate=(done - first) / elapsed if done > first and elapsed > _STEADY_S else None,
             ncols=100 if self._terminal else 0,
             postfix=f"{bad} bad" if bad else "",
         )

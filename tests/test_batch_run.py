@@ -275,7 +275,7 @@ def test_dry_run_counts_and_writes_nothing(request_: Request, engine: Engine, sa
 def test_the_report_is_one_page_that_escapes_what_it_shows(
     request_: Request, engine: Engine, said: list[str], source: Path, group_jpeg: bytes
 ) -> None:
-    (source / "<script>alert(1)<script>.png").write_bytes(b"words")
+    (source / "!<script>alert(1)<script>.png").write_bytes(b"words")
     (source / "group.jpg").write_bytes(group_jpeg)
     run_batch(replace(request_, options=ScoreOptions()), said.append)
     page = Path(write_report(Output(request_.out))).read_text()
