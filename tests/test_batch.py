@@ -19,7 +19,7 @@ from agegender.records import arrow_table
 from batch.location import decode_path, encode_path
 from batch.publish import FINAL_SCHEMA
 
-TIMEOUT_S = 180
+TIMEOUT_S = 280
 
 
 def run_batch(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
