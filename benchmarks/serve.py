@@ -1,8 +1,8 @@
 """What serving costs: ours, two rivals with the same predictor, TorchServe's stock handler, and the bare predictor.
 
 `python -m benchmarks.serve` starts all of them on this machine, on ports of their own, and takes them in turn at each
-load, so that what disturbs the machine disturbs all. Needs `pip install litserve fastapi uvicorn python-multipart
-torchvision` beside the project's own packages.
+load, so that what disturbs the machine disturbs all. Beside the project's own packages it needs those of the rivals:
+`pip install litserve fastapi uvicorn python-multipart torchvision && pip install --no-deps captum`.
 
 Closed loop: so many clients, each sending its next request when its last is answered. Paced: requests at 80% of the
 throughput that the server reached with 8 clients, evenly and at random (Poisson) times, whatever the answers do. The

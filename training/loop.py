@@ -262,7 +262,7 @@ def _validate(
     return mae, (logits.gender.argmax(dim=1) == genders).float().mean().item()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict_logits(network: nn.Module, chips: npt.NDArray[np.uint8], device: torch.device) -> Logits:
     """Runs the network over (N, S, S, 3) uint8 chips; the logits come back on the CPU in float32."""
     network.eval()
