@@ -78,7 +78,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         process.wait()
 
 
-def wait_for(condition: Callable[[], bool], timeout_s: float = 60) -> bool:
+def wait_for(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
