@@ -244,10 +244,12 @@ def test_a_run_ends_in_an_artifact_that_predicts(options: TrainOptions, labelled
     for name in ("options.json", "rejected.csv", "curve.csv", "metrics.json", "report.html", BEST):
         assert (options.out_dir / name).stat().st_size > 0
     assert list((options.out_dir / "tensorboard").iterdir())
-    assert len(list(csv.reader((options.out_dir / "rejected.csv").open()))) == 1 + 6
+    assert len(list(csv.reader((options.out_dir / "rejected.csv").read_text().splitlines()))) == 1 + 6
     model = Model(path, device="cpu")
     assert model.spec.chip_size_px == 64
-    assert model.spec.metrics["pictures"] == sum(side == "test" for side in read_splits(splits_path(path)).values())
+    assert model.spec.metrics["pictures"] == sum(
+        side == "test" for side in read_splits(splits_path(path)).sides.values()
+    )
     results = Predictor(model).predict([each.read_bytes() for each in sorted(labelled_dir.glob("*chip.jpg"))[:4]])
     assert [result.status for result in results] == ["ok"] * 4
     face = results[0].faces[0]
@@ -318,7 +320,7 @@ def test_evaluation_leaves_out_what_the_model_has_seen(options: TrainOptions, tm
     assert done.returncode == 0, done.stderr
     assert "trained or calibrated on are left out" in done.stdout
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
-    tested = sum(side == "test" for side in read_splits(splits_path(path)).values())
+    tested = sum(side == "test" for side in read_splits(splits_path(path)).sides.values())
     assert metrics["groups"]["all"]["pictures"] == tested
     assert metrics["robustness"]["blur, sigma in px"]
     assert "<svg" in (tmp_path / "evaluation" / "report.html").read_text()

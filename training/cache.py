@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
 
@@ -29,6 +30,7 @@ from training.data import Rejected, Sample
 __all__ = ["ChipCache", "cutting_version", "load_chips"]
 
 _CUTTERS: Final = (agegender.image, agegender.detector, agegender.chips)
+_FEW: Final = 512  # pictures that are cut faster than processes start
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,14 @@ _Chip = npt.NDArray[np.uint8]
 
 
 def _cut_all(samples: Sequence[Sample], cut: "partial[_Chip | str]") -> Iterator[_Chip | str]:
-    with ProcessPoolExecutor(initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        chips = pool.map(cut, [sample.path for sample in samples], chunksize=64)
-        yield from tqdm(chips, total=len(samples), desc="cutting chips", unit="img", mininterval=1)
+    paths = [sample.path for sample in samples]
+    bar = partial(tqdm, total=len(samples), desc="cutting chips", unit="img", mininterval=1)
+    if len(samples) <= _FEW:
+        yield from bar(map(cut, paths))
+        return
+    # Spawned, not forked: this process may have threads of torch, whose locks a fork would copy as they are.
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        yield from bar(pool.map(cut, paths, chunksize=64))
 
 
 def _cut(path: Path, *, size_px: int, margin: float) -> _Chip | str:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,9 @@ from training.cache import ChipCache, load_chips
 from training.data import Rejected, Sample, Split, near_duplicate_groups, perceptual_hash, scan, split_samples
 from training.options import TrainOptions
 
-__all__ = ["Faces", "load_faces", "read_splits", "splits_path", "write_splits"]
+__all__ = ["Faces", "Splits", "load_faces", "read_splits", "splits_path", "write_splits"]
+
+_DIGITS: Final = 16
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,17 @@ class Faces:
     train_chips: ChipCache
     chips: ChipCache
     rejected: Rejected
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Which pictures a run trained, validated and tested on, by the first digits of their SHA-256."""
+
+    sides: dict[str, str]
+
+    def of(self, sample: Sample) -> str | None:
+        """The split of a picture, or None if the run did not have it."""
+        return self.sides.get(sample.digest[:_DIGITS])
 
 
 def load_faces(options: TrainOptions) -> Faces:
@@ -64,7 +78,7 @@ def load_faces(options: TrainOptions) -> Faces:
 
 def write_splits(faces: Faces, path: Path) -> None:
     """Writes which picture was on which side, so that nobody tests on what was trained on: lines of `digest,split`."""
-    lines = [f"{sample.digest},{side}\n" for side, part in faces.samples.items() for sample in part]
+    lines = [f"{sample.digest[:_DIGITS]},{side}\n" for side, part in faces.samples.items() for sample in part]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("digest,split\n" + "".join(sorted(lines)))
     os.replace(temporary, path)
@@ -75,13 +89,13 @@ def splits_path(artifact: Path) -> Path:
     return artifact.with_suffix(".splits.csv")
 
 
-def read_splits(path: Path) -> dict[str, str]:
-    """Digest -> split, as `write_splits` wrote them; empty where there is no such file."""
+def read_splits(path: Path) -> "Splits":
+    """What `write_splits` wrote; empty where there is no such file."""
     try:
         lines = path.read_text().splitlines()[1:]
     except FileNotFoundError:
-        return {}
-    return {digest: split for digest, _, split in (line.partition(",") for line in lines)}
+        return Splits({})
+    return Splits({digest: split for digest, _, split in (line.partition(",") for line in lines)})
 
 
 def _some(samples: list[Sample], count: int | None, seed: int) -> list[Sample]:

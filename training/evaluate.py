@@ -89,9 +89,9 @@ def evaluate(
 def _unseen(samples: list[Sample], model: Model, pictures: Literal["unseen", "all"]) -> tuple[list[Sample], str | None]:
     """The pictures to measure on, and what must be said of them."""
     splits = read_splits(splits_path(model.path))
-    if not splits:
+    if not splits.sides:
         return samples, f"there is no {splits_path(model.path).name} beside the model: it may have seen these pictures"
-    unseen = [sample for sample in samples if splits.get(sample.digest, "test") == "test"]
+    unseen = [sample for sample in samples if splits.of(sample) in (None, "test")]
     seen = len(samples) - len(unseen)
     if pictures == "all":
         return samples, f"the model has seen {seen} of these {len(samples)} pictures in training" if seen else None

@@ -73,7 +73,7 @@ def create_network(name: str, *, pretrained: bool, dropout: float, drop_path: fl
     else:
         mean = [255 * value for value in backbone.pretrained_cfg["mean"]]
         std = [255 * value for value in backbone.pretrained_cfg["std"]]
-    return Network(backbone, backbone.num_features, mean=mean, std=std, dropout=dropout)
+    return Network(backbone, backbone.head_hidden_size, mean=mean, std=std, dropout=dropout)
 
 
 def _load_packaged_lite0(backbone: nn.Module) -> None:
