@@ -322,7 +322,7 @@ def test_evaluation_leaves_out_what_the_model_has_seen(options: TrainOptions, tm
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     tested = sum(side == "test" for side in read_splits(splits_path(path)).sides.values())
     assert metrics["groups"]["all"]["pictures"] == tested
-    assert metrics["robustness"]["blur, sigma in px"]
+    assert list(metrics["robustness"]["blur, sigma in px"]) == ["1", "2", "4", "6"]
     assert "<svg" in (tmp_path / "evaluation" / "report.html").read_text()
 
 
@@ -333,3 +333,32 @@ def _network() -> torch.nn.Module:
 
 def _labels(samples: list) -> tuple[list[int], list[int]]:
     return [each.labels.age_years for each in samples], [each.labels.gender for each in samples]
+
+
+@pytest.mark.slow
+def test_two_workers_train_as_one_does(options: TrainOptions, tmp_path: Path) -> None:
+    """Through the real Ray Train; each worker normalizes over its own part of a batch, so the curves only resemble."""
+    call = [
+        sys.executable,
+        "-m",
+        "training",
+        "--data-dir",
+        str(options.data_dir),
+        "--cache-dir",
+        str(options.cache_dir),
+    ]
+    call += ["--size", "64", "--epochs", "2", "--batch-size", "16", "--num-workers", "0", "--threads", "1"]
+    call += ["--val-frac", "0.2", "--test-frac", "0.2"]
+    losses = []
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        done = subprocess.run(
+            [*call, "--workers", str(workers), "--out-dir", str(out)],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        losses.append([row.train_loss for row in read_curve(out)])
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)

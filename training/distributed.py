@@ -26,7 +26,9 @@ def train_on_workers(network: Network, faces: Faces, targets: Targets, options: 
     config = {"network": network, "faces": faces, "targets": targets, "options": options}
     use_gpu = options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available())
     try:
-        TorchTrainer(_work, train_loop_config=config, scaling_config=ScalingConfig(options.workers, use_gpu)).fit()
+        TorchTrainer(
+            _work, train_loop_config=config, scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=use_gpu)
+        ).fit()
     finally:
         ray.shutdown()
 

@@ -117,11 +117,15 @@ def _as_json(result: Evaluation) -> dict[str, Any]:
             for group, (count, figures) in result.groups.items()
         },
         "robustness": {
-            name: {str(level): dict(zip(("age_mae_years", "gender_accuracy", "found"), values, strict=True))}
+            name: {f"{level:g}": _robust_json(values) for level, values in curve.items()}
             for name, curve in result.robustness.items()
-            for level, values in curve.items()
         },
     }
+
+
+def _robust_json(values: tuple[float, float, float]) -> dict[str, float | None]:
+    names = ("age_mae_years", "gender_accuracy", "found")
+    return {name: None if np.isnan(value) else round(value, 4) for name, value in zip(names, values, strict=True)}
 
 
 def _print_summary(result: Evaluation, report: Path) -> None:

@@ -50,7 +50,11 @@ def run(options: TrainOptions) -> Path:
     _report_faces(faces, options.out_dir)
     network = _initial_network(options)
     if options.workers > 1:
-        from training.distributed import train_on_workers  # ray, which other runs do without
+        # Ray reads these when it is imported: nothing is sent anywhere, and nothing listens beyond this machine.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if "RAY_ADDRESS" not in os.environ:
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        from training.distributed import train_on_workers
 
         train_on_workers(network, faces, _targets(faces, options, device), options)
     else:
