@@ -20,7 +20,7 @@ from training.metrics import Scored, measure_groups
 from training.report import Evaluation, write_report
 from training.robustness import robustness
 
-__all__ = ["EvaluateOptions", "evaluate"]
+__all__ = ["EvaluateOptions", "evaluate", "predict_chips"]
 
 _BATCH = 64
 
@@ -74,7 +74,7 @@ def evaluate(
     warning: str | None = None,
 ) -> Path:
     """Measures a model on pictures whose chips are cut, and writes metrics.json and report.html."""
-    scored = Scored.of([sample.labels for sample in samples], _predict(model, samples, chips))
+    scored = Scored.of([sample.labels for sample in samples], predict_chips(model, samples, chips))
     groups = measure_groups(scored)
     step = max(1, len(samples) // max(1, robustness_pictures))
     curves = robustness(model, samples[::step][:robustness_pictures]) if robustness_pictures else {}
@@ -102,7 +102,8 @@ def _unseen(samples: list[Sample], model: Model, pictures: Literal["unseen", "al
     return unseen, None
 
 
-def _predict(model: Model, samples: Sequence[Sample], chips: ChipCache) -> Predictions:
+def predict_chips(model: Model, samples: Sequence[Sample], chips: ChipCache) -> Predictions:
+    """Predictions for pictures whose chips are cut, in their order and a batch at a time."""
     parts = [model.predict(chips.read(samples[at : at + _BATCH])) for at in range(0, len(samples), _BATCH)]
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 

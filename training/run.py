@@ -19,7 +19,7 @@ from training.calibrate import COVERAGE, calibrate
 from training.data import Rejected
 from training.dataset import Faces, load_faces, splits_path, write_splits
 from training.distill import teacher_logits
-from training.evaluate import evaluate
+from training.evaluate import evaluate, predict_chips
 from training.export import export
 from training.loop import BEST, predict_logits, read_curve, train
 from training.loss import Targets, label_targets
@@ -147,12 +147,12 @@ def _finish(network: Network, faces: Faces, options: TrainOptions) -> Path:
     logits = predict_logits(network, faces.chips.read(val), torch.device("cpu"))
     ages = torch.tensor([float(sample.labels.age_years) for sample in val])
     calibration = calibrate(logits, ages, torch.tensor([sample.labels.gender for sample in val]))
-    path = options.out_dir / ARTIFACT
-    export(network, calibration, _spec(options), path)
-    predictions = Model(path, device="cpu").predict(faces.chips.read(test))
+    path, spec = options.out_dir / ARTIFACT, _spec(options)
+    export(network, calibration, spec, path)
+    predictions = predict_chips(Model(path, device="cpu"), test, faces.chips)
     figures = measure(Scored.of([sample.labels for sample in test], predictions))
     metrics = {name: round(figure.value, 4) for name, figure in figures.items()}
-    export(network, calibration, dataclasses.replace(_spec(options), metrics={"pictures": len(test), **metrics}), path)
+    export(network, calibration, dataclasses.replace(spec, metrics={"pictures": len(test), **metrics}), path)
     print("test split:")
     evaluate(Model(path, device="cpu"), test, faces.chips, options.out_dir, curve=read_curve(options.out_dir))
     print(f"artifact: {path}")
