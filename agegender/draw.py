@@ -1,13 +1,13 @@
-"""image + result -> annotated image: boxes with age, interval and gender, legible on light and dark."""
+"""image + result -> pictures for people: boxes with age, interval and gender, legible on light and dark; faces alone."""
 
 from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
 from agegender.image import Pixels
-from agegender.result import FacePrediction, ImageResult
+from agegender.result import Box, FacePrediction, ImageResult
 
-__all__ = ["annotate", "caption"]
+__all__ = ["annotate", "caption", "cut_face"]
 
 _COLOURS: Final = {"male": "#2f6fed", "female": "#c2347e"}
 
@@ -36,6 +36,24 @@ def annotate(pixels: Pixels, result: ImageResult) -> Image.Image:
         lines = f"{face.gender} {face.gender_probability:.0%}\n{face.age:.0f} ({face.age_low:.0f}-{face.age_high:.0f})"
         _label(draw, face, lines, font, image.size)
     return image
+
+
+def cut_face(pixels: Pixels, box: Box, *, margin: float = 0.2) -> Image.Image:
+    """Cuts the square around a face, upright as in the image and at its resolution; it ends where the image ends.
+
+    For people to look at: what the network sees is cut by `cut_chip`, which needs the landmarks.
+
+    Args:
+        pixels: (H, W, 3) uint8 RGB.
+        box: x1, y1, x2, y2 of the face in pixels of that image.
+        margin: how much is seen beyond the box on each side, as a share of its longer side.
+    """
+    height, width = pixels.shape[:2]
+    x1, y1, x2, y2 = box
+    side = max(1, min(height, width, round(max(x2 - x1, y2 - y1) * (1 + 2 * margin))))
+    left = round(min(max(0, (x1 + x2 - side) / 2), width - side))
+    top = round(min(max(0, (y1 + y2 - side) / 2), height - side))
+    return Image.fromarray(pixels[top : top + side, left : left + side])
 
 
 def _label(

@@ -1,0 +1,278 @@
+"""The page `Batch results`: what an output of the batch job holds, from totals down to single faces."""
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import streamlit as st
+
+from app.charts import AGE_END_YEARS, bars, histogram
+from app.errors import show_error
+from app.gallery import FaceError, cut_row
+from app.scores import INTERVAL_WIDTH, SORTABLE, Rows, Scores, Selection
+from app.try_page import to_csv
+from batch.errors import OutputError
+
+__all__ = ["show"]
+
+_ROWS_PER_PAGE: Final = 100
+_GALLERY: Final = 24
+_TABLE_PX: Final = 420
+_CHART_PX: Final = 380
+_SORT_NAMES: Final = {
+    "": "order of the files",
+    "age": "age",
+    INTERVAL_WIDTH: "interval width",
+    "gender_probability": "gender probability",
+    "score": "detector score",
+    "faces": "faces in the image",
+    "path": "path",
+}
+_COLUMNS: Final = {
+    "path": st.column_config.TextColumn("path", width="large"),
+    "status": st.column_config.TextColumn("status", width="small"),
+    "age": st.column_config.NumberColumn("age", format="%.1f", width="small"),
+    "age_low": st.column_config.NumberColumn("from", format="%.0f", width="small"),
+    "age_high": st.column_config.NumberColumn("to", format="%.0f", width="small"),
+    "gender": st.column_config.TextColumn("gender", width="small"),
+    "gender_probability": st.column_config.ProgressColumn("probability", format="percent", min_value=0, max_value=1),
+    "score": st.column_config.NumberColumn("score", format="%.2f", width="small"),
+    "face": st.column_config.NumberColumn("face", width="small"),
+    "faces": st.column_config.NumberColumn("of", width="small"),
+    "width": st.column_config.NumberColumn("width", format="%d px", width="small"),
+    "height": st.column_config.NumberColumn("height", format="%d px", width="small"),
+    "error": st.column_config.TextColumn("error", width="large"),
+}
+
+
+def show(out: str) -> None:
+    """Draws the page.
+
+    Args:
+        out: the directory that is shown first.
+    """
+    st.title("Batch results", anchor=False)
+    name = st.text_input(
+        "Output directory",
+        out,
+        placeholder="out, or s3://bucket/prefix",
+        help="What `make batch` wrote.",
+        key="out",
+        persist_state="session",
+    )
+    if not name:
+        return
+    try:
+        scores = _load(name, Scores.fingerprint(name))
+    except (OutputError, OSError, ValueError) as error:
+        show_error(error)
+        return
+    with st.sidebar:
+        _describe_run(scores.summary)
+    _show_totals(scores)
+    _show_charts(scores)
+    st.subheader("Rows", anchor=False)
+    _show_rows(scores)
+
+
+@st.cache_resource(max_entries=3, show_spinner="Reading the columns")
+def _load(name: str, fingerprint: tuple[Any, ...]) -> Scores:
+    return Scores(name)
+
+
+def _describe_run(summary: dict[str, Any]) -> None:
+    st.subheader("Run", anchor=False)
+    if not summary:
+        st.caption("The directory has no summary: the run is not finished, or the files were copied from elsewhere.")
+        return
+    run = summary["run"]
+    st.table(
+        {
+            "Model": f"{run['model']['name']} {run['model']['version']}",
+            "SHA-256": f"`{run['model']['sha256'][:12]}`",
+            "Finished": summary["finished"].replace("T", " ").rstrip("Z"),
+            "Speed": f"{summary['images_per_s']:,.1f} images/s",
+        },
+        border="horizontal",
+    )
+    st.caption("Sources")
+    st.code("\n".join(run["sources"]), language=None, wrap_lines=True)
+
+
+def _show_totals(scores: Scores) -> None:
+    statuses = scores.statuses
+    total = sum(statuses.values())
+    without = statuses.get("no_face", 0)
+    with_face = statuses.get("ok", 0)
+    figures = {
+        "Images": total,
+        "Faces": scores.faces,
+        "Images with a face": with_face,
+        "Images without": without,
+        "Failed": total - with_face - without,
+    }
+    with st.grid(len(figures), min_column_width=140):
+        for label, count in figures.items():
+            st.metric(label, f"{count:,}", border=True)
+
+
+def _show_charts(scores: Scores) -> None:
+    with st.grid(2, min_column_width=_CHART_PX) as grid:
+        with grid.cell(), st.container(border=True):
+            _show_ages(scores)
+        with grid.cell(), st.container(border=True):
+            st.markdown("**Width of the age interval**")
+            edges = np.arange(0, AGE_END_YEARS + 4, 4)
+            st.altair_chart(histogram(_bins(scores.interval_widths, edges), title="width, years"))
+        with grid.cell(), st.container(border=True):
+            st.markdown("**Outcome of each image**")
+            st.altair_chart(bars(_frame(scores.statuses), title="outcome", horizontal=True))
+        with grid.cell(), st.container(border=True):
+            st.markdown("**Faces in each image**")
+            st.altair_chart(bars(_frame(_capped(scores.faces_per_image)), title="faces"))
+
+
+def _show_ages(scores: Scores) -> None:
+    with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
+        st.markdown("**Perceived age by perceived gender**", width="content")
+        years = st.segmented_control(
+            "Bin width",
+            [1, 2, 5, 10],
+            default=5,
+            required=True,
+            format_func=lambda width: f"{width} y",
+            label_visibility="collapsed",
+            key="bin_years",
+            persist_state="session",
+        )
+    edges = np.arange(0, AGE_END_YEARS + years, years)
+    frames = [_bins(scores.ages(gender), edges).assign(gender=gender) for gender in scores.genders]
+    ages = pd.concat(frames) if frames else pd.DataFrame(columns=["start", "end", "count", "gender"])
+    st.altair_chart(histogram(ages, title="age, years", split="gender"))
+
+
+def _bins(values: "np.typing.NDArray[np.float32]", edges: "np.typing.NDArray[np.int64]") -> pd.DataFrame:
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+    return pd.DataFrame({"start": edges[:-1], "end": edges[1:], "count": counts})
+
+
+def _capped(counts: dict[int, int], most: int = 10) -> dict[str, int]:
+    """Counts with all that lies beyond `most` in one."""
+    capped: Counter[int] = Counter()
+    for number, count in counts.items():
+        capped[min(number, most)] += count
+    return {f"{number}+" if number == most else str(number): capped[number] for number in sorted(capped)}
+
+
+def _frame(counts: dict[str, int]) -> pd.DataFrame:
+    return pd.DataFrame({"name": list(counts), "count": list(counts.values())})
+
+
+@st.fragment
+def _show_rows(scores: Scores) -> None:
+    """Filters, table, gallery and export; what happens here does not draw the charts anew."""
+    selection = _choose_selection(scores)
+    numbers = scores.select(selection)
+    if not len(numbers):
+        st.info("No row is like this; widen the filters.", icon=":material/filter_alt_off:")
+        return
+    pages = -(-len(numbers) // _ROWS_PER_PAGE)
+    page = st.pagination(pages, key=f"page-{hash(selection)}") if pages > 1 else 1
+    shown = numbers[(page - 1) * _ROWS_PER_PAGE : page * _ROWS_PER_PAGE]
+    table = scores.rows(shown)
+    event = st.dataframe(
+        table,
+        height=min(_TABLE_PX, 40 + 35 * len(shown)),
+        hide_index=True,
+        column_order=list(_COLUMNS),
+        column_config=_COLUMNS,
+        on_select="rerun",
+        selection_mode="multi-row",
+        key=f"rows-{page}-{hash(selection)}",
+    )
+    chosen = list(event.selection.rows)
+    _show_export(scores, shown[chosen] if chosen else numbers, chosen=bool(chosen), total=len(scores))
+    _show_gallery(table.take(chosen).to_pylist())
+
+
+def _choose_selection(scores: Scores) -> Selection:
+    with st.grid(4, min_column_width=200):
+        statuses = st.multiselect("Status", list(scores.statuses), placeholder="all", key="statuses")
+        genders = st.multiselect("Gender", scores.genders, placeholder="all", key="genders")
+        ages = st.slider("Age", 0, AGE_END_YEARS, (0, AGE_END_YEARS), key="ages")
+        least = st.slider("Gender probability from", 50, 100, 50, format="%d%%", key="least_probability")
+        path_part = st.text_input("Path contains", key="path_part")
+        sort_by = st.selectbox("Sort by", ["", *SORTABLE], format_func=_SORT_NAMES.get, key="sort_by")
+        descending = st.segmented_control(
+            "Order", [False, True], default=False, required=True, format_func=_order_name, key="descending"
+        )
+    return Selection(
+        statuses=tuple(statuses),
+        genders=tuple(genders),
+        ages=None if ages == (0, AGE_END_YEARS) else ages,
+        least_probability=0.0 if least == 50 else least / 100,
+        path_part=path_part or "",
+        sort_by=sort_by,
+        descending=bool(descending),
+    )
+
+
+def _order_name(descending: bool) -> str:
+    return "largest first" if descending else "smallest first"
+
+
+def _show_export(scores: Scores, numbers: Rows, *, chosen: bool, total: int) -> None:
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.download_button(
+            "CSV",
+            lambda: to_csv(scores.rows(numbers)),
+            "selection.csv",
+            "text/csv",
+            on_click="ignore",
+            icon=":material/download:",
+        )
+        st.download_button(
+            "Parquet",
+            lambda: _to_parquet(scores.rows(numbers)),
+            "selection.parquet",
+            "application/vnd.apache.parquet",
+            on_click="ignore",
+            icon=":material/download:",
+        )
+        st.caption(f"{len(numbers):,} {'chosen' if chosen else 'filtered'} of {total:,} rows", width="content")
+
+
+def _to_parquet(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def _show_gallery(rows: Sequence[dict[str, Any]]) -> None:
+    st.subheader("Faces of the chosen rows", anchor=False)
+    if not rows:
+        st.caption("Choose rows at the left edge of the table to see their faces.")
+        return
+    if len(rows) > _GALLERY:
+        st.caption(f"The first {_GALLERY} of {len(rows)}.")
+    missing = []
+    with st.grid(min_column_width=140):
+        for row in rows[:_GALLERY]:
+            try:
+                face = cut_row(row)
+            except FaceError as error:
+                missing.append(f"{row['path']}: {error}")
+                continue
+            with st.container(gap="xxsmall"):
+                st.image(face, width="stretch", alt=f"face {row['face']} of {row['path']}")
+                st.caption(f"{row['gender']} {row['gender_probability']:.0%}, {row['age']:.0f} years")
+    if missing:
+        st.warning(
+            f"{len(missing)} of {len(rows[:_GALLERY])} chosen rows cannot be shown:", icon=":material/hide_image:"
+        )
+        st.code("\n".join(missing), language=None, wrap_lines=True)

@@ -1,0 +1,204 @@
+"""An output of the batch job, read column by column: a million rows cost what their few narrow columns cost."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+
+from agegender.records import arrow_schema
+from batch.errors import OutputError
+from batch.location import normalize
+from batch.output import Output
+
+__all__ = ["INTERVAL_WIDTH", "SORTABLE", "Scores", "Selection"]
+
+# Read once and held: about 50 bytes a row. Paths and errors stay in the files until rows of them are shown.
+_NARROW: Final = [field for field in arrow_schema().names if field not in ("path", "error", "x1", "y1", "x2", "y2")]
+
+INTERVAL_WIDTH: Final = "interval width"
+SORTABLE: Final = ("age", INTERVAL_WIDTH, "gender_probability", "score", "faces", "path")
+
+Rows = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows are asked for, and in what order.
+
+    Attributes:
+        statuses: those of these statuses; all if empty.
+        genders: those of these genders; all if empty.
+        ages: least and largest age in years; None for all rows, also those without a face.
+        least_probability: of the gender, 0 for all rows, also those without a face.
+        path_part: what the path contains, whatever the case of its letters.
+        sort_by: one of `SORTABLE`, or empty for the order of the files.
+        descending: the largest first.
+    """
+
+    statuses: tuple[str, ...] = ()
+    genders: tuple[str, ...] = ()
+    ages: tuple[float, float] | None = None
+    least_probability: float = 0.0
+    path_part: str = ""
+    sort_by: str = ""
+    descending: bool = False
+
+
+class Scores:
+    """The Parquet files of one directory. Safe to share between threads."""
+
+    def __init__(self, name: str) -> None:
+        """Opens them and reads their narrow columns.
+
+        Args:
+            name: the directory, local or in an object store.
+
+        Raises:
+            OutputError: there is no Parquet file, or one that the batch job did not write.
+        """
+        output = Output(normalize(name))
+        self._dataset = _open(output)
+        self._narrow = _read(self._dataset, _NARROW)
+        try:
+            self.summary: dict[str, Any] = output.summary()
+        except OutputError:
+            self.summary = {}
+
+    @staticmethod
+    def fingerprint(name: str) -> tuple[tuple[str, int | None, int], ...]:
+        """Changes when the files of a directory do.
+
+        Raises:
+            OutputError: there is no such directory.
+        """
+        return tuple((info.path, info.mtime_ns, info.size) for info in _files(Output(normalize(name))))
+
+    def __len__(self) -> int:
+        return len(self._narrow)
+
+    @property
+    def statuses(self) -> dict[str, int]:
+        """Inputs by status, the most frequent first."""
+        return _counts(self._of_inputs("status"))
+
+    @property
+    def faces_per_image(self) -> dict[int, int]:
+        """Inputs that were looked at, by their number of faces."""
+        looked_at = pc.is_in(self._narrow["status"], pa.array(["ok", "no_face"]))
+        faces = self._narrow["faces"].filter(pc.and_(self._is_input(), looked_at))
+        return dict(sorted(_counts(faces).items()))
+
+    @property
+    def genders(self) -> list[str]:
+        """Those that occur."""
+        return sorted(self._narrow["gender"].unique().drop_null().to_pylist())
+
+    @property
+    def faces(self) -> int:
+        """Number of faces."""
+        return len(self) - self._narrow["age"].null_count
+
+    def ages(self, gender: str) -> npt.NDArray[np.float32]:
+        """Ages in years of all faces of a gender."""
+        return _values(self._narrow["age"].filter(pc.equal(self._narrow["gender"], gender)))
+
+    @property
+    def interval_widths(self) -> npt.NDArray[np.float32]:
+        """Widths of the age interval of all faces, years."""
+        return _values(self._interval_width())
+
+    def select(self, selection: Selection) -> Rows:
+        """Numbers of the rows that are asked for, in the order that is asked for; those without a value come last."""
+        masks = self._masks(selection)
+        rows = np.arange(len(self), dtype=np.int64)
+        if masks:
+            mask = masks[0]
+            for each in masks[1:]:
+                mask = pc.and_(mask, each)
+            rows = rows[pc.fill_null(mask, False).to_numpy()]
+        if not selection.sort_by:
+            return rows
+        order = "descending" if selection.descending else "ascending"
+        column = self._column(selection.sort_by).take(pa.array(rows))
+        return rows[pc.sort_indices(pa.table({"key": column}), [("key", order)]).to_numpy()]
+
+    def rows(self, numbers: Rows) -> pa.Table:
+        """All columns of some rows, in their order."""
+        # In the files' order each of them is opened once.
+        order = np.argsort(numbers, kind="stable")
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return self._dataset.take(pa.array(numbers[order]), columns=arrow_schema().names).take(pa.array(back))
+
+    def _masks(self, wanted: Selection) -> list[pa.ChunkedArray]:
+        masks = []
+        for name, values in (("status", wanted.statuses), ("gender", wanted.genders)):
+            if values:
+                masks.append(pc.is_in(self._narrow[name], pa.array(values)))
+        if wanted.ages:
+            age = self._narrow["age"]
+            masks += [pc.greater_equal(age, wanted.ages[0]), pc.less_equal(age, wanted.ages[1])]
+        if wanted.least_probability:
+            masks.append(pc.greater_equal(self._narrow["gender_probability"], wanted.least_probability))
+        if wanted.path_part:
+            masks.append(pc.match_substring(self._column("path"), wanted.path_part, ignore_case=True))
+        return masks
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        if name == INTERVAL_WIDTH:
+            return self._interval_width()
+        if name in self._narrow.column_names:
+            return self._narrow[name]
+        return self._dataset.to_table(columns=[name])[name]
+
+    def _interval_width(self) -> pa.ChunkedArray:
+        return pc.subtract(self._narrow["age_high"], self._narrow["age_low"])
+
+    def _is_input(self) -> pa.ChunkedArray:
+        """Marks one row of each input."""
+        return pc.fill_null(pc.equal(self._narrow["face"], 0), True)
+
+    def _of_inputs(self, name: str) -> pa.ChunkedArray:
+        return self._narrow[name].filter(self._is_input())
+
+
+def _files(output: Output) -> list[Any]:
+    try:
+        files = [info for info in output.list("") if info.base_name.endswith(".parquet") and info.size]
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{output.name} cannot be read: {error}") from error
+    if not files:
+        raise OutputError(f"{output.name} holds no Parquet files; give the directory that `make batch` wrote")
+    return files
+
+
+def _open(output: Output) -> ds.Dataset:
+    paths = [info.path for info in _files(output)]
+    try:
+        dataset = ds.dataset(paths, format="parquet", filesystem=output.filesystem)
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"{output.name} holds a damaged Parquet file: {str(error).splitlines()[0]}") from error
+    missing = [name for name in arrow_schema().names if name not in dataset.schema.names]
+    if missing:
+        raise OutputError(f"{output.name} holds Parquet of something else: it has no column {missing[0]}")
+    return dataset
+
+
+def _read(dataset: ds.Dataset, columns: list[str]) -> pa.Table:
+    try:
+        return dataset.to_table(columns=columns).combine_chunks()
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"a Parquet file is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _counts(column: pa.ChunkedArray) -> dict[Any, int]:
+    counts = ((row["values"], row["counts"]) for row in column.value_counts().to_pylist())
+    return dict(sorted(counts, key=lambda pair: -pair[1]))
+
+
+def _values(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:
+    return np.asarray(column.drop_null().to_numpy(), np.float32)

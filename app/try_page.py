@@ -1,0 +1,155 @@
+"""The page `Try it`: photographs in, faces with ages and genders out."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import pyarrow as pa
+import pyarrow.csv
+import streamlit as st
+
+from agegender import AgeGenderError, Item
+from agegender.records import arrow_table, to_json
+from app.engine import Engine, choose_engine, describe_model
+from app.errors import show_error
+from app.view import View, show_view
+
+__all__ = ["show"]
+
+_SAMPLES: Final = Path("examples/photos")
+_UPLOAD, _CAMERA, _SAMPLE = "Upload", "Camera", "Samples"
+_VIEWS_PER_PAGE: Final = 8
+_VIEWS: Final = "views"
+
+
+def show(model: Path) -> None:
+    """Draws the page.
+
+    Args:
+        model: the artifact for predictions in this process.
+    """
+    st.title("Age and gender from a face", anchor=False)
+    items = _choose_items()
+    with st.sidebar:
+        choice, threshold, about = st.container(), st.container(), st.container()
+    least_probability = _choose_threshold(threshold)
+    try:
+        with choice:
+            engine = choose_engine(model)
+        views = _views(items, engine)
+        with about:
+            st.subheader("Model", anchor=False)
+            describe_model(engine, model)
+    except (AgeGenderError, ValueError) as error:
+        show_error(error)
+        return
+    if views:
+        _show_views(views, least_probability)
+
+
+def _choose_threshold(place: st.delta_generator.DeltaGenerator) -> float:
+    per_cent = place.slider(
+        "Undecided below",
+        50,
+        100,
+        70,
+        format="%d%%",
+        help="A gender of a lower probability is called undecided.",
+        key="undecided",
+        persist_state="session",
+    )
+    return float(per_cent) / 100
+
+
+def _choose_items() -> list[Item]:
+    """The photographs that the viewer gives; they stay in memory."""
+    source = st.segmented_control(
+        "Photographs from",
+        [_UPLOAD, _CAMERA, _SAMPLE],
+        default=_UPLOAD,
+        required=True,
+        label_visibility="collapsed",
+        key="source",
+    )
+    if source == _SAMPLE:
+        return _choose_samples()
+    if source == _CAMERA:
+        picture = st.camera_input("Take a picture", label_visibility="collapsed", resolution="720p", width=640)
+        return [Item(picture.getvalue(), "camera.jpg")] if picture else []
+    files = st.file_uploader(
+        "JPEG, PNG, WebP, BMP, TIFF or GIF; they stay in this computer's memory and are not kept",
+        accept_multiple_files=True,
+        key="files",
+    )
+    return [Item(file.getvalue(), file.name) for file in files]
+
+
+def _choose_samples() -> list[Item]:
+    paths = {path.name: path for path in sorted(_SAMPLES.glob("*")) if path.is_file()}
+    if not paths:
+        st.info(f"There are no samples in {_SAMPLES}; `make samples` puts them there.", icon=":material/info:")
+        return []
+    names = st.pills(
+        "Samples", list(paths), selection_mode="multi", default=next(iter(paths)), label_visibility="collapsed"
+    )
+    return [Item(paths[name].read_bytes(), name) for name in names]
+
+
+def _views(items: Sequence[Item], engine: Engine) -> list[View]:
+    """What is shown of each photograph; what this session has seen already is not predicted again, nor kept longer."""
+    known: dict[str, View] = st.session_state.get(_VIEWS, {})
+    keys = [_key(item, engine) for item in items]
+    new = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
+    views = {key: known[key] for key in keys if key in known}
+    progress = st.progress(0.0) if len(new) > 1 else None
+    for number, (key, item) in enumerate(new.items()):
+        if progress:
+            progress.progress(number / len(new), f"Photograph {number + 1} of {len(new)}")
+        views[key] = View.of(item.data, engine.predictor.predict([item])[0])
+    if progress:
+        progress.empty()
+    st.session_state[_VIEWS] = views
+    return [views[key] for key in keys]
+
+
+def _key(item: Item, engine: Engine) -> str:
+    return hashlib.sha256(f"{engine.name}\n{item.path}\n".encode() + item.data).hexdigest()
+
+
+def _show_views(views: Sequence[View], least_probability: float) -> None:
+    _show_downloads(views)
+    first = 0
+    if len(views) > _VIEWS_PER_PAGE:
+        first = (st.pagination(-(-len(views) // _VIEWS_PER_PAGE), key="views_page") - 1) * _VIEWS_PER_PAGE
+    for number, view in enumerate(views[first : first + _VIEWS_PER_PAGE], first):
+        show_view(view, key=str(number), least_probability=least_probability)
+
+
+def _show_downloads(views: Sequence[View]) -> None:
+    results = [view.result for view in views]
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.download_button(
+            "JSON",
+            lambda: json.dumps([to_json(result) for result in results], indent=1),
+            "faces.json",
+            "application/json",
+            on_click="ignore",
+            icon=":material/download:",
+        )
+        st.download_button(
+            "CSV",
+            lambda: to_csv(arrow_table(results)),
+            "faces.csv",
+            "text/csv",
+            on_click="ignore",
+            icon=":material/download:",
+        )
+
+
+def to_csv(table: pa.Table) -> bytes:
+    """The table as CSV with a head line."""
+    sink = pa.BufferOutputStream()
+    pyarrow.csv.write_csv(table, sink)
+    return sink.getvalue().to_pybytes()

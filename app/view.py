@@ -1,0 +1,148 @@
+"""One photograph with its faces: the annotated picture, and a card for each face."""
+
+import io
+from dataclasses import dataclass
+from typing import Final
+
+import streamlit as st
+from PIL import Image
+
+from agegender import FacePrediction, ImageResult, decode_image
+from agegender.draw import annotate, cut_face
+from app.charts import age_scale
+from app.hints import hints_of, is_undecided, sharpness
+
+__all__ = ["Portrait", "View", "show_card", "show_view"]
+
+_FACE_PX: Final = 96
+_PHOTO_PX: Final = (1600, 1200)  # twice of what is shown, for screens of high density
+_SHOWN_HEIGHT_PX: Final = 520
+_SHOWN_WIDTH_PX: Final = 800
+_CARD_PX: Final = 300
+_CARDS_AT_ONCE: Final = 12
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """One face as its card shows it.
+
+    Attributes:
+        face: its prediction.
+        picture: JPEG of the face.
+        sharpness: see `hints.sharpness`.
+    """
+
+    face: FacePrediction
+    picture: bytes
+    sharpness: float
+
+
+@dataclass(frozen=True)
+class View:
+    """One input as the page shows it; holds no more of the photograph than what is shown.
+
+    Attributes:
+        result: what the predictor said.
+        photo: JPEG of the annotated photograph; None where it could not be decoded.
+        size: width and height at which it is shown, in pixels of the page.
+        portraits: one for each face.
+    """
+
+    result: ImageResult
+    photo: bytes | None = None
+    size: tuple[int, int] = (0, 0)
+    portraits: tuple[Portrait, ...] = ()
+
+    @classmethod
+    def of(cls, data: bytes, result: ImageResult) -> "View":
+        """Draws on the photograph at its own resolution, then shrinks it to what a page can show."""
+        if result.failed:
+            return cls(result)
+        pixels = decode_image(data)
+        photo = annotate(pixels, result)
+        faces = tuple(_portrait(face, cut_face(pixels, face.box)) for face in result.faces)
+        scale = min(1.0, _SHOWN_WIDTH_PX / photo.width, _SHOWN_HEIGHT_PX / photo.height)
+        size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
+        photo.thumbnail(_PHOTO_PX)
+        return cls(result, _jpeg(photo), size, faces)
+
+
+def _portrait(face: FacePrediction, picture: Image.Image) -> Portrait:
+    shown = picture.copy()
+    shown.thumbnail((2 * _FACE_PX, 2 * _FACE_PX))
+    return Portrait(face, _jpeg(shown), sharpness(picture))
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def show_view(view: View, *, key: str, least_probability: float) -> None:
+    """The photograph and its cards.
+
+    Args:
+        view: what to show.
+        key: tells its widgets from those of other views.
+        least_probability: a gender below is called undecided.
+    """
+    if view.photo is None:
+        st.error(f"**{_plain(view.result.path)}**: {view.result.error}.", icon=":material/broken_image:")
+        return
+    st.subheader(_plain(view.result.path), anchor=False)
+    st.caption(_summary(view.result))
+    if len(view.portraits) in (1, 2):
+        with st.container(horizontal=True, gap="medium"):
+            _show_photo(view)
+            with st.container(width=360):
+                for portrait in view.portraits:
+                    show_card(portrait, least_probability)
+        return
+    _show_photo(view)
+    if view.portraits:
+        _show_cards(view.portraits, key, least_probability)
+
+
+def _show_photo(view: View) -> None:
+    st.image(view.photo, width=view.size[0], alt=f"{view.result.path} with {len(view.portraits)} marked faces")
+
+
+def _summary(result: ImageResult) -> str:
+    size = f"{result.width} × {result.height} px"
+    if not result.faces:
+        return f"{size} · no face found; faces from about 20 px are, if they look towards the camera"
+    return f"{size} · {len(result.faces)} {'face' if len(result.faces) == 1 else 'faces'}"
+
+
+def _show_cards(portraits: tuple[Portrait, ...], key: str, least_probability: float) -> None:
+    shown = portraits
+    if len(portraits) > _CARDS_AT_ONCE and not st.toggle(f"Cards of all {len(portraits)} faces", key=f"all-{key}"):
+        shown = portraits[:_CARDS_AT_ONCE]
+    with st.grid(min_column_width=_CARD_PX):
+        for portrait in shown:
+            show_card(portrait, least_probability)
+
+
+def show_card(portrait: Portrait, least_probability: float) -> None:
+    """Face, age with its interval, gender with its probability, score, and what speaks against them."""
+    face = portrait.face
+    with st.container(border=True):
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.image(portrait.picture, width=_FACE_PX, alt=f"face {face.index + 1}")
+            with st.container(gap="xxsmall", width="stretch"):
+                st.markdown(f"### {face.age:.0f} years")
+                st.caption(f"between {face.age_low:.0f} and {face.age_high:.0f}")
+        st.altair_chart(age_scale(face), alt=f"age {face.age:.0f}, from {face.age_low:.0f} to {face.age_high:.0f}")
+        undecided = is_undecided(face, least_probability)
+        gender = f"undecided: {face.gender}" if undecided else f"**{face.gender}**"
+        st.progress(face.gender_probability, text=f"{gender} {face.gender_probability:.0%}")
+        if face.score is not None:
+            st.caption(f"detector score {face.score:.2f}")
+        for hint in hints_of(face, portrait.sharpness):
+            st.caption(f":orange[:material/warning: {hint}]")
+
+
+def _plain(text: str) -> str:
+    """Names of files are no Markdown."""
+    return "".join(f"\\{each}" if each in r"\`*_{}[]<>()#+-.!|$:~" else each for each in text if each.isprintable())
