@@ -197,10 +197,11 @@ def _load(path: Path, device: torch.device) -> tuple[ModelSpec, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and still runs it
-            module = torch.jit.load(str(path), map_location=device, _extra_files=extra)  # type: ignore[no-untyped-call]
+            # First to the CPU: 8-bit weights can be unpacked nowhere else, and only the others move on.
+            module = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)  # type: ignore[no-untyped-call]
             if not extra[SPEC_FILE]:
                 raise ModelLoadError(f"{path} holds no {SPEC_FILE}: it was not made by `make train`")
             spec = ModelSpec.from_json(extra[SPEC_FILE])
-            return spec, torch.jit.freeze(module.eval())
+            return spec, torch.jit.freeze(module.eval().to(device))
     except RuntimeError as error:
         raise ModelLoadError(f"{path} is not a TorchScript file that this torch can load") from error

@@ -18,12 +18,14 @@ from agegender import Model, Predictor
 from training.augment import augment
 from training.calibrate import age_interval, calibrate
 from training.data import Labels, near_duplicate_groups, parse_name, perceptual_hash, scan, split_samples
-from training.dataset import load_faces, read_splits, splits_path
+from training.dataset import ARTIFACT, load_faces, read_splits, splits_path, write_splits
+from training.deploy import Deployed, check_precision
+from training.face_resnet import FaceResNet, load_packaged_weights, standardize
 from training.loop import BEST, read_curve, train
 from training.loss import criterion, expected_age, label_targets
 from training.network import AGE_BINS, Logits, create_network
 from training.options import TrainOptions
-from training.run import ARTIFACT, run
+from training.run import run
 
 FACES = 60
 
@@ -62,7 +64,7 @@ def options(labelled_dir: Path, tmp_path: Path, tmp_path_factory: pytest.TempPat
         data_dir=labelled_dir,
         out_dir=tmp_path / "run",
         cache_dir=cache,
-        size=64,
+        size=96,
         epochs=2,
         batch_size=16,
         val_frac=0.2,
@@ -145,7 +147,7 @@ def test_chips_are_cut_once(options: TrainOptions, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("training.cache._cut_all", lambda *_: pytest.fail("cut again"))
     again = load_faces(options)
     assert again.samples == first.samples
-    assert again.train_chips.open().shape[1:] == (80, 80, 3)
+    assert again.train_chips.open().shape[1:] == (120, 120, 3)
 
 
 def test_balancing_takes_equally_many_of_both_genders(options: TrainOptions) -> None:
@@ -193,15 +195,17 @@ def test_targets_are_distributions_around_the_label() -> None:
     assert targets.gender_probs.argmax(dim=1).tolist() == [0, 1, 1]
 
 
-@pytest.mark.parametrize("backbone", ["resnet34", "resnet50", "efficientnet_lite0", "mobilenetv3_small_050"])
+@pytest.mark.parametrize(
+    "backbone", ["face_resnet", "resnet34", "resnet50", "efficientnet_lite0", "mobilenetv3_small_050"]
+)
 def test_backbones(backbone: str) -> None:
     network = create_network(backbone, pretrained=False, dropout=0.1, drop_path=0.0).eval()
-    age, gender = network(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    age, gender = network(torch.zeros(2, 3, 96, 96, dtype=torch.uint8))
     assert age.shape == (2, AGE_BINS)
     assert gender.shape == (2, 2)
 
 
-def test_the_packaged_weights_are_imagenets() -> None:
+def test_packaged_lite0_weights_are_imagenets() -> None:
     """Trained filters of a first layer are smooth; random ones are not."""
     network = create_network("efficientnet_lite0", pretrained=True, dropout=0.0, drop_path=0.0)
     fresh = create_network("efficientnet_lite0", pretrained=False, dropout=0.0, drop_path=0.0)
@@ -246,7 +250,7 @@ def test_a_run_ends_in_an_artifact_that_predicts(options: TrainOptions, labelled
     assert list((options.out_dir / "tensorboard").iterdir())
     assert len(list(csv.reader((options.out_dir / "rejected.csv").read_text().splitlines()))) == 1 + 6
     model = Model(path, device="cpu")
-    assert model.spec.chip_size_px == 64
+    assert model.spec.chip_size_px == 96
     assert model.spec.metrics["pictures"] == sum(
         side == "test" for side in read_splits(splits_path(path)).sides.values()
     )
@@ -287,11 +291,66 @@ def test_other_options_do_not_resume_a_run(options: TrainOptions) -> None:
 def test_distillation_and_checkpoint_start_from_an_earlier_run(options: TrainOptions, tmp_path: Path) -> None:
     run(options)
     student = replace(
-        options, out_dir=tmp_path / "student", teacher=options.out_dir, checkpoint=options.out_dir / BEST, epochs=1
+        options, out_dir=tmp_path / "student", teacher=(options.out_dir,), checkpoint=options.out_dir / BEST, epochs=1
     )
     assert run(student).exists()
     with pytest.raises(ValueError, match="not the folder of a finished run"):
-        run(replace(student, out_dir=tmp_path / "other", teacher=tmp_path / "nothing"))
+        run(replace(student, out_dir=tmp_path / "other", teacher=(options.out_dir, tmp_path / "nothing")))
+
+
+def test_a_pupil_is_not_judged_by_what_its_teacher_was_trained_on(options: TrainOptions, tmp_path: Path) -> None:
+    faces = load_faces(options)
+    write_splits(faces, splits_path(tmp_path / ARTIFACT))
+    pupil = replace(options, seed=1, teacher=(tmp_path,))
+    own, left = load_faces(replace(pupil, teacher=())), load_faces(pupil)
+    known = {sample.digest for sample in faces.samples["train"]}
+    assert known & {sample.digest for sample in own.samples["test"]}
+    assert not known & {sample.digest for side in ("val", "test") for sample in left.samples[side]}  # type: ignore[index]
+    assert "a teacher was trained on it" in left.rejected.counts()
+
+
+def test_packaged_face_weights_are_dlibs() -> None:
+    """Features of a smooth pattern, as dlib's definition of the network has them for the same weights."""
+    backbone = FaceResNet().eval()
+    load_packaged_weights(backbone)
+    ramp = torch.linspace(-0.5, 0.5, 131)
+    rows, columns = ramp[:, None].expand(131, 131), ramp[None].expand(131, 131)
+    with torch.no_grad():
+        features = backbone(torch.stack([rows, columns, -rows * columns])[None])[0]
+    assert features.norm().item() == pytest.approx(11.7717, abs=1e-3)
+    assert features[[11, 15, 4, 25]].tolist() == pytest.approx([3.1331, 3.0854, 2.8362, 2.6126], abs=1e-3)
+
+
+def test_standardized_weights_compute_the_same_and_suit_training(lfw_faces: np.ndarray) -> None:
+    backbone = FaceResNet().eval()
+    load_packaged_weights(backbone)
+    chips = torch.stack([torch.from_numpy(cv2.resize(face, (96, 96))) for face in lfw_faces[:32]])
+    chips = (chips.permute(0, 3, 1, 2).float() - 120) / 256
+    with torch.no_grad():
+        before = backbone(chips)
+        standardize(backbone, chips)
+        assert torch.allclose(backbone(chips), before, atol=1e-3)
+        assert torch.nn.functional.cosine_similarity(backbone.train()(chips), before).min() > 0.99
+
+
+def test_the_deployed_network_answers_like_the_trained_one(lfw_faces: np.ndarray) -> None:
+    network = create_network("face_resnet", pretrained=True, dropout=0.0, drop_path=0.0).eval()
+    chips = torch.stack([torch.from_numpy(cv2.resize(face, (96, 96))) for face in lfw_faces[:32]]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        straight, flipped = network(chips), network(chips.flip(3))
+        exact = Deployed(network, chips, precision="float32", mirror=True)(chips)
+        coarse = Deployed(network, chips, precision="int8", mirror=True)(chips)
+    assert torch.allclose(exact.age, (straight.age + flipped.age) / 2, atol=1e-4)
+    spread = exact.age.std()
+    assert (coarse.age - exact.age).abs().mean() < 0.1 * spread
+    assert (coarse.age - exact.age).abs().max() > 0
+
+
+def test_a_backbone_that_cannot_be_quantized_is_refused_before_training() -> None:
+    network = create_network("efficientnet_lite0", pretrained=False, dropout=0.0, drop_path=0.0)
+    with pytest.raises(ValueError, match="--precision float32"):
+        check_precision(network, "int8")
+    check_precision(network, "float32")
 
 
 @pytest.mark.parametrize(
@@ -328,7 +387,7 @@ def test_evaluation_leaves_out_what_the_model_has_seen(options: TrainOptions, tm
 
 def _network() -> torch.nn.Module:
     torch.manual_seed(0)
-    return create_network("efficientnet_lite0", pretrained=True, dropout=0.2, drop_path=0.1)
+    return create_network("face_resnet", pretrained=True, dropout=0.2, drop_path=0.1)
 
 
 def _labels(samples: list) -> tuple[list[int], list[int]]:
@@ -347,7 +406,7 @@ def test_two_workers_train_as_one_does(options: TrainOptions, tmp_path: Path) ->
         "--cache-dir",
         str(options.cache_dir),
     ]
-    call += ["--size", "64", "--epochs", "2", "--batch-size", "16", "--num-workers", "0", "--threads", "1"]
+    call += ["--size", "96", "--epochs", "2", "--batch-size", "16", "--num-workers", "0", "--threads", "1"]
     call += ["--val-frac", "0.2", "--test-frac", "0.2"]
     losses = []
     for workers in (1, 2):

@@ -1,4 +1,4 @@
-"""Chip -> augmented chip: one warp, then light, colour, blur and a hole, all drawn from one generator."""
+"""Chip -> augmented chip: warp, blur, light, colour, grain, compression and a hole, all drawn from one generator."""
 
 import math
 from typing import Final
@@ -16,6 +16,10 @@ _SHIFT: Final = 0.04
 _LIGHT: Final = 0.3
 _GREY_SHARE: Final = 0.1
 _BLUR_SHARE: Final = 0.15
+_NOISE_SHARE: Final = 0.2
+_NOISE_SIGMA: Final = (2.0, 20.0)  # in grey levels, on a logarithmic scale
+_JPEG_SHARE: Final = 0.1
+_JPEG_QUALITY: Final = (10, 60)
 _ERASE_SHARE: Final = 0.25
 
 
@@ -37,6 +41,10 @@ def augment(chip: Pixels, size_px: int, rng: np.random.Generator) -> Pixels:
     if rng.random() < _BLUR_SHARE:
         warped = _coarsen(warped, rng)
     coloured = _colour(warped, rng)
+    if rng.random() < _NOISE_SHARE:
+        coloured = _noise(coloured, rng)
+    if rng.random() < _JPEG_SHARE:
+        coloured = _recompress(coloured, rng)
     if rng.random() < _ERASE_SHARE:
         _erase(coloured, rng)
     return coloured
@@ -74,6 +82,20 @@ def _colour(chip: Pixels, rng: np.random.Generator) -> Pixels:
     mean = float(chip.mean())
     table = np.clip(((levels - mean) * contrast + mean) * gains, 0, 255).astype(np.uint8)
     return cv2.LUT(chip, table[None]).astype(np.uint8, copy=False)
+
+
+def _noise(chip: Pixels, rng: np.random.Generator) -> Pixels:
+    """Grain of film or sensor: Gaussian, as often grey as coloured."""
+    sigma = math.exp(rng.uniform(*np.log(_NOISE_SIGMA)))
+    grain = rng.standard_normal((*chip.shape[:2], int(rng.choice((1, 3)))), np.float32)
+    return np.clip(np.rint(chip + sigma * grain), 0, 255).astype(np.uint8)
+
+
+def _recompress(chip: Pixels, rng: np.random.Generator) -> Pixels:
+    """The blocks of a strongly compressed JPEG."""
+    quality = int(rng.integers(*_JPEG_QUALITY))
+    _, coded = cv2.imencode(".jpg", chip, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.uint8)
 
 
 def _erase(chip: Pixels, rng: np.random.Generator) -> None:

@@ -76,12 +76,24 @@ def calibrate(logits: Logits, ages: Tensor, genders: Tensor) -> Calibration:
 
 
 def _age_and_spread(age_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, 117) logits -> expectation and standard deviation in years, the latter at least half a year or so."""
+    """(N, 117) logits -> median and standard deviation in years, the latter at least half a year or so."""
     probs = age_logits.softmax(dim=1)
     years = torch.arange(age_logits.shape[1], device=age_logits.device).to(age_logits.dtype)
-    age = probs @ years
-    variance = (probs * (years[None, :] - age[:, None]) ** 2).sum(dim=1)
-    return age, torch.sqrt(variance + 0.25)
+    mean = probs @ years
+    variance = (probs * (years[None, :] - mean[:, None]) ** 2).sum(dim=1)
+    return _median(probs), torch.sqrt(variance + 0.25)
+
+
+def _median(probs: Tensor) -> Tensor:
+    """Where half of the distribution lies below, which is what has the least absolute error.
+
+    The year n reaches from n - 0.5 to n + 0.5, with its probability spread evenly over it.
+    """
+    below = torch.cumsum(probs, dim=1)
+    year = (below < 0.5).sum(dim=1, keepdim=True).clamp(max=probs.shape[1] - 1)
+    own = probs.gather(1, year)
+    rest = 0.5 - (below.gather(1, year) - own)
+    return (year.to(probs.dtype) - 0.5 + rest / own.clamp(min=1e-6)).squeeze(1).clamp(0, probs.shape[1] - 1)
 
 
 def _conformal_quantile(scores: Tensor) -> float:

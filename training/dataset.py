@@ -14,8 +14,9 @@ from training.cache import ChipCache, load_chips
 from training.data import Rejected, Sample, Split, near_duplicate_groups, perceptual_hash, scan, split_samples
 from training.options import TrainOptions
 
-__all__ = ["Faces", "Splits", "load_faces", "read_splits", "splits_path", "write_splits"]
+__all__ = ["ARTIFACT", "Faces", "Splits", "load_faces", "read_splits", "splits_path", "write_splits"]
 
+ARTIFACT: Final = "agegender.pt"  # its name in a run's folder
 _DIGITS: Final = 16
 
 
@@ -67,6 +68,8 @@ def load_faces(options: TrainOptions) -> Faces:
     splits: dict[Split, list[Sample]] = {"train": [], "val": [], "test": []}
     for sample, side in zip(samples, sides, strict=True):
         splits[side].append(sample)
+    for side in ("val", "test"):
+        splits[side] = _unknown_to_teachers(splits[side], options.teacher, rejected)
     if options.balanced_by_gender:
         splits["train"] = _balanced(splits["train"], options.max_per_gender, options.seed)
     if not all(splits.values()):
@@ -74,6 +77,18 @@ def load_faces(options: TrainOptions) -> Faces:
         raise ValueError(f"too few usable pictures in {options.data_dir} for three splits: {sizes}")
     _, chips = load_chips(splits["val"] + splits["test"], options.size, *cut)
     return Faces(splits, train_chips, chips, rejected)
+
+
+def _unknown_to_teachers(samples: list[Sample], teachers: Sequence[Path], rejected: Rejected) -> list[Sample]:
+    """Leaves out what a teacher was trained on: its pupil would be judged by what it was told."""
+    known = [read_splits(splits_path(run / ARTIFACT)) for run in teachers]
+    kept = []
+    for sample in samples:
+        if any(splits.of(sample) == "train" for splits in known):
+            rejected.reasons[sample.path] = "a teacher was trained on it"
+        else:
+            kept.append(sample)
+    return kept
 
 
 def write_splits(faces: Faces, path: Path) -> None:

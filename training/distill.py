@@ -1,4 +1,4 @@
-"""Finished run + training chips -> a teacher's logits."""
+"""Finished runs + training chips -> what their networks say of them."""
 
 import json
 from collections.abc import Sequence
@@ -10,12 +10,13 @@ import torch
 from training.cache import load_chips
 from training.data import Rejected, Sample
 from training.loop import BEST, predict_logits
-from training.network import Logits, create_network
+from training.loss import Probs
+from training.network import create_network
 
-__all__ = ["teacher_logits"]
+__all__ = ["average", "teacher_probs"]
 
 
-def teacher_logits(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, device: torch.device) -> Logits:
+def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, device: torch.device) -> Probs:
     """What the best weights of a run say of pictures, averaged over each chip and its mirror image.
 
     Raises:
@@ -35,4 +36,9 @@ def teacher_logits(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, de
     chips = cache.read(samples)
     straight = predict_logits(network, chips, device)
     mirrored = predict_logits(network, np.ascontiguousarray(chips[:, :, ::-1]), device)
-    return Logits(*((one + other) / 2 for one, other in zip(straight, mirrored, strict=True)))
+    return average([Probs(*(each.softmax(dim=1) for each in logits)) for logits in (straight, mirrored)])
+
+
+def average(probs: Sequence[Probs]) -> Probs:
+    """The mean of several predictions of the same chips."""
+    return Probs(*(torch.stack(same).mean(dim=0) for same in zip(*probs, strict=True)))

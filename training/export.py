@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from agegender.model import SPEC_FILE, ModelSpec
 from training.calibrate import Calibration, age_interval
-from training.network import Network
+from training.deploy import Deployed
 
 __all__ = ["Artifact", "export"]
 
@@ -29,7 +29,7 @@ class Artifact(nn.Module):
 
     radii: Tensor
 
-    def __init__(self, network: Network, calibration: Calibration) -> None:
+    def __init__(self, network: Deployed, calibration: Calibration) -> None:
         super().__init__()
         self.network = network
         self.register_buffer("radii", torch.tensor(calibration.radii))
@@ -49,9 +49,9 @@ class Artifact(nn.Module):
         return Output(age, age_low, age_high, gender_logits / self.gender_temperature)
 
 
-def export(network: Network, calibration: Calibration, spec: ModelSpec, path: Path) -> None:
+def export(network: Deployed, calibration: Calibration, spec: ModelSpec, path: Path) -> None:
     """Writes the artifact beside `path` and renames it into place."""
-    artifact = Artifact(network.cpu().to(memory_format=torch.contiguous_format), calibration).eval()
+    artifact = Artifact(network, calibration).eval()
     temporary = path.with_suffix(".tmp")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and still runs it

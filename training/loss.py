@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from training.network import AGE_BINS, Logits
 from training.options import AgeLoss
 
-__all__ = ["Targets", "criterion", "expected_age", "label_targets"]
+__all__ = ["Probs", "Targets", "criterion", "expected_age", "label_targets"]
 
 # Spread of the label distribution in years: apparent ages of adults are known less exactly than those of infants.
 _SIGMA_AT_BIRTH: Final = 0.8
@@ -39,10 +39,17 @@ class Targets(NamedTuple):
         """The same on a device."""
         return Targets(*(each.to(device) for each in self))
 
-    def mixed(self, teacher: Logits, weight: float) -> "Targets":
-        """These with a share of a teacher's predictions (distillation: Hinton et al. 2015)."""
-        age_probs = torch.lerp(self.age_probs, teacher.age.softmax(dim=1), weight)
-        return Targets(self.age, age_probs, torch.lerp(self.gender_probs, teacher.gender.softmax(dim=1), weight))
+    def mixed(self, taught: "Probs", weight: float) -> "Targets":
+        """These with a share of what teachers say (distillation: Hinton et al. 2015)."""
+        age_probs = torch.lerp(self.age_probs, taught.age, weight)
+        return Targets(self.age, age_probs, torch.lerp(self.gender_probs, taught.gender, weight))
+
+
+class Probs(NamedTuple):
+    """age: (N, 117), gender: (N, 2), float32 probabilities in the order of the logits."""
+
+    age: Tensor
+    gender: Tensor
 
 
 def label_targets(ages: list[int], genders: list[int]) -> Targets:

@@ -1,19 +1,18 @@
 """Chips -> age logits and gender logits: one shared backbone, two linear heads."""
 
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from training.data import MAX_AGE_YEARS
+from training.face_resnet import FaceResNet, load_packaged_weights
 
 __all__ = ["AGE_BINS", "Logits", "Network", "create_network"]
 
 AGE_BINS: Final = MAX_AGE_YEARS + 1  # one per year, 0 to 116
-
-_TIMM_NAMES: Final = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 
 
 class Logits(NamedTuple):
@@ -29,51 +28,66 @@ class Network(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, backbone: nn.Module, features: int, *, mean: list[float], std: list[float], dropout: float
-    ) -> None:
+    def __init__(self, backbone: nn.Module, *, mean: list[float], std: list[float], dropout: float) -> None:
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
         self.backbone = backbone
         self.dropout = nn.Dropout(dropout)
+        features = int(backbone.head_hidden_size)  # type: ignore[arg-type]  # timm's name, not in nn.Module
         self.age_head = nn.Linear(features, AGE_BINS)
         self.gender_head = nn.Linear(features, 2)
 
     def forward(self, chips: Tensor) -> Logits:
         """Args: chips: (N, 3, S, S) uint8 RGB. Returns: the logits of both heads."""
-        features = self.dropout(self.backbone((chips.float() - self.mean) / self.std))
+        features = self.dropout(self.backbone(self.normalize(chips)))
         return Logits(self.age_head(features), self.gender_head(features))
+
+    def normalize(self, chips: Tensor) -> Tensor:
+        """(N, 3, S, S) uint8 RGB -> float32 as the backbone's weights were trained with."""
+        return (chips.float() - self.mean) / self.std
 
 
 def create_network(name: str, *, pretrained: bool, dropout: float, drop_path: float) -> Network:
-    """Builds the network, its backbone from ImageNet weights if asked.
+    """Builds the network, its backbone from pretrained weights if asked.
 
     Raises:
-        ValueError: timm knows no such backbone, or its weights cannot be had.
+        ValueError: no such backbone, or its weights cannot be had.
     """
-    timm_name = _TIMM_NAMES.get(name, name)
-    if not timm.is_model(timm_name):
-        raise ValueError(
-            f"unknown backbone {name}; take efficientnet_lite0, resnet18, resnet34, resnet50 or a timm name"
-        )
-    packaged = pretrained and name in _TIMM_NAMES
-    try:
-        backbone = timm.create_model(
-            timm_name, pretrained=pretrained and not packaged, num_classes=0, drop_path_rate=drop_path
-        )
-    except Exception as error:  # the hub's client raises its own kinds
-        raise ValueError(
-            f"the weights of {name} cannot be fetched ({type(error).__name__}); use --no-pretrained, or "
-            "--backbone efficientnet_lite0, whose weights come with a package"
-        ) from error
-    if packaged:
-        _load_packaged_lite0(backbone)
+    if name == "face_resnet":
+        backbone = _face_resnet(pretrained, drop_path)
+        mean, std = [122.782, 117.001, 104.298], [256.0] * 3  # what these weights were trained with
+    elif name == "efficientnet_lite0":
+        backbone = timm.create_model("tf_efficientnet_lite0", num_classes=0, drop_path_rate=drop_path)
+        if pretrained:
+            _load_packaged_lite0(backbone)
         mean, std = [127.0] * 3, [128.0] * 3  # what these weights were trained with
     else:
-        mean = [255 * value for value in backbone.pretrained_cfg["mean"]]
-        std = [255 * value for value in backbone.pretrained_cfg["std"]]
-    return Network(backbone, backbone.head_hidden_size, mean=mean, std=std, dropout=dropout)
+        backbone = _timm_backbone(name, pretrained, drop_path)
+        mean, std = ([255 * value for value in backbone.pretrained_cfg[key]] for key in ("mean", "std"))
+    return Network(backbone, mean=mean, std=std, dropout=dropout)
+
+
+def _face_resnet(pretrained: bool, drop_path: float) -> nn.Module:
+    backbone = FaceResNet(drop_path=drop_path)
+    if pretrained:
+        load_packaged_weights(backbone)
+    return backbone
+
+
+def _timm_backbone(name: str, pretrained: bool, drop_path: float) -> Any:
+    if not timm.is_model(name):
+        raise ValueError(
+            f"unknown backbone {name}; take face_resnet, efficientnet_lite0, resnet18, resnet34, resnet50 "
+            "or another timm name"
+        )
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path)
+    except Exception as error:  # the hub's client raises its own kinds
+        raise ValueError(
+            f"the weights of {name} cannot be fetched ({type(error).__name__}); use --no-pretrained, or --backbone "
+            "face_resnet or efficientnet_lite0, whose weights come with a package"
+        ) from error
 
 
 def _load_packaged_lite0(backbone: nn.Module) -> None:

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["AgeLoss", "TrainOptions"]
+__all__ = ["AgeLoss", "Precision", "TrainOptions"]
 
 AgeLoss = Literal["distribution", "l1", "mse"]
+Precision = Literal["int8", "float32"]
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,17 @@ class TrainOptions:
     cache_dir: Path = Path("runs/cache")
     """Cut chips are kept here between runs."""
 
-    backbone: str = "efficientnet_lite0"
-    """efficientnet_lite0, resnet18, resnet34, resnet50, or any timm name."""
+    backbone: str = "face_resnet"
+    """face_resnet, efficientnet_lite0, resnet18, resnet34, resnet50, or any timm name."""
     pretrained: bool = True
-    """Start from ImageNet weights: the packaged ones for efficientnet_lite0, else timm's from their hub."""
+    """Start from pretrained weights: packaged ones for face_resnet (faces) and efficientnet_lite0 (ImageNet), else
+    timm's from their hub."""
     checkpoint: Path | None = None
     """Start from these weights instead: the best.pt of an earlier run with the same backbone."""
-    teacher: Path | None = None
-    """Distil from this finished run: the out_dir of a network of any backbone."""
+    teacher: tuple[Path, ...] = ()
+    """Distil from these finished runs, averaged: the out_dirs of networks of any backbone."""
     teacher_weight: float = 0.5
-    """Share of the teacher in the labels, 0 to 1."""
+    """Share of the teachers in the labels, 0 to 1."""
     size: int = 128
     """Side of the chip that the exported network sees, in pixels."""
     margin: float = 0.0
@@ -85,6 +87,10 @@ class TrainOptions:
     patience: int | None = None
     """Stop when validation has not improved for this many epochs."""
 
+    precision: Precision = "int8"
+    """Of the artifact: int8 is some three times as fast on CPUs (on GPUs it is float16); float32 suits any backbone."""
+    mirror: bool = True
+    """Let the artifact average each chip with its mirror image: more exact, and half as fast."""
     model_version: str = "0.1.0"
     """Version that the artifact states."""
     data_name: str | None = None
@@ -98,6 +104,8 @@ class TrainOptions:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.size % 32:
             raise ValueError(f"size must be a multiple of 32, not {self.size}")
+        if self.backbone == "face_resnet" and self.size < 96:
+            raise ValueError(f"face_resnet needs chips of at least 96 pixels, not {self.size}")
         if self.batch_size % self.workers:
             raise ValueError(f"batch_size {self.batch_size} cannot be shared equally by {self.workers} workers")
         if self.max_per_gender is not None and not self.balanced_by_gender:

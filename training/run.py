@@ -11,28 +11,36 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
+import cv2
+import numpy as np
 import torch
+from torch import Tensor
 
 from agegender import Model, ModelSpec
 from agegender.model import FORMAT_VERSION
 from training.calibrate import COVERAGE, calibrate
 from training.data import Rejected
-from training.dataset import Faces, load_faces, splits_path, write_splits
-from training.distill import teacher_logits
+from training.dataset import ARTIFACT, Faces, load_faces, splits_path, write_splits
+from training.deploy import Deployed, check_precision
+from training.distill import average, teacher_probs
 from training.evaluate import evaluate, predict_chips
 from training.export import export
+from training.face_resnet import FaceResNet, standardize
 from training.loop import BEST, predict_logits, read_curve, train
 from training.loss import Targets, label_targets
 from training.metrics import Scored, measure
 from training.network import Network, create_network
 from training.options import TrainOptions
 
-__all__ = ["ARTIFACT", "run"]
+__all__ = ["run"]
 
-ARTIFACT: Final = "agegender.pt"
+_STATISTICS: Final = 512  # chips that statistics of activations are estimated from
 
-# Options that change where or how fast a run goes, but not what comes out.
-_FREE: Final = ("cache_dir", "data_dir", "device", "num_workers", "out_dir", "patience", "resume", "threads", "workers")
+# Options that change where or how fast a run goes, or how its result is exported, but not the training.
+_FREE: Final = (
+    *("cache_dir", "data_dir", "device", "num_workers", "out_dir", "patience", "resume", "threads", "workers"),
+    *("data_licence", "data_name", "mirror", "model_version", "precision"),
+)
 
 
 def run(options: TrainOptions) -> Path:
@@ -48,7 +56,7 @@ def run(options: TrainOptions) -> Path:
     device = _prepare(options)
     faces = load_faces(options)
     _report_faces(faces, options.out_dir)
-    network = _initial_network(options)
+    network = _initial_network(options, faces)
     if options.workers > 1:
         # Ray reads these when it is imported: nothing is sent anywhere, and nothing listens beyond this machine.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -118,7 +126,7 @@ def _write_rejected(rejected: Rejected, path: Path) -> None:
         table.writerows((str(name), reason) for name, reason in rejected.reasons.items())
 
 
-def _initial_network(options: TrainOptions) -> Network:
+def _initial_network(options: TrainOptions, faces: Faces) -> Network:
     network = create_network(
         options.backbone,
         pretrained=options.pretrained and options.checkpoint is None,
@@ -130,29 +138,41 @@ def _initial_network(options: TrainOptions) -> Network:
             network.load_state_dict(torch.load(options.checkpoint, weights_only=True, map_location="cpu"))
         except (OSError, RuntimeError) as error:
             raise ValueError(f"{options.checkpoint} holds no weights of {options.backbone}: {error}") from error
+    elif options.pretrained and isinstance(network.backbone, FaceResNet):
+        standardize(network.backbone, network.normalize(_sample(faces, options)))
+    check_precision(network, options.precision)
     return network
+
+
+def _sample(faces: Faces, options: TrainOptions) -> Tensor:
+    """(N, 3, S, S) uint8 chips of the training split at the network's size, for statistics of activations."""
+    chips = faces.train_chips.read(faces.samples["train"][:_STATISTICS])
+    sized = [cv2.resize(chip, (options.size, options.size), interpolation=cv2.INTER_AREA) for chip in chips]
+    return torch.from_numpy(np.stack(sized)).permute(0, 3, 1, 2)
 
 
 def _targets(faces: Faces, options: TrainOptions, device: torch.device) -> Targets:
     samples = faces.samples["train"]
     targets = label_targets([s.labels.age_years for s in samples], [s.labels.gender for s in samples])
-    if options.teacher is None:
+    if not options.teacher:
         return targets
-    return targets.mixed(teacher_logits(options.teacher, samples, options.cache_dir, device), options.teacher_weight)
+    taught = average([teacher_probs(run, samples, options.cache_dir, device) for run in options.teacher])
+    return targets.mixed(taught, options.teacher_weight)
 
 
 def _finish(network: Network, faces: Faces, options: TrainOptions) -> Path:
     """Calibrates on validation, exports, measures the exported file on test, and puts the figures into it."""
     val, test = faces.samples["val"], faces.samples["test"]
-    logits = predict_logits(network, faces.chips.read(val), torch.device("cpu"))
+    deployed = Deployed(network, _sample(faces, options), precision=options.precision, mirror=options.mirror)
+    logits = predict_logits(deployed, faces.chips.read(val), torch.device("cpu"))
     ages = torch.tensor([float(sample.labels.age_years) for sample in val])
     calibration = calibrate(logits, ages, torch.tensor([sample.labels.gender for sample in val]))
     path, spec = options.out_dir / ARTIFACT, _spec(options)
-    export(network, calibration, spec, path)
+    export(deployed, calibration, spec, path)
     predictions = predict_chips(Model(path, device="cpu"), test, faces.chips)
     figures = measure(Scored.of([sample.labels for sample in test], predictions))
     metrics = {name: round(figure.value, 4) for name, figure in figures.items()}
-    export(network, calibration, dataclasses.replace(spec, metrics={"pictures": len(test), **metrics}), path)
+    export(deployed, calibration, dataclasses.replace(spec, metrics={"pictures": len(test), **metrics}), path)
     print("test split:")
     evaluate(Model(path, device="cpu"), test, faces.chips, options.out_dir, curve=read_curve(options.out_dir))
     print(f"artifact: {path}")
