@@ -56,14 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(action: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
-    from agegender import AgeGenderError
     from batch.errors import BatchError
 
     try:
         action(options)
     except BatchError as error:
         return _complain(error, error.exit_code)
-    except (AgeGenderError, ModuleNotFoundError, OSError, ValueError) as error:
+    except (ModuleNotFoundError, OSError, ValueError) as error:
         return _complain(error, _WRONG_CALL)
     return _DONE
 
@@ -74,7 +73,8 @@ def _score(options: argparse.Namespace) -> None:
 
     if options.samples:
         write_samples(Path(options.sources[0]))
-    run_batch(_request(options), lambda text: print(text, flush=True))
+    stream = sys.stdout  # while the engine runs, `sys.stdout` is for its libraries
+    run_batch(_request(options), lambda text: print(text, file=stream, flush=True))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -91,8 +91,7 @@ def _complain(error: Exception, exit_code: int) -> int:
 
 
 def _request(options: argparse.Namespace) -> "Request":
-    from batch.request import Request
-    from batch.scorer import ScoreOptions
+    from batch.request import Request, Resources, ScoreOptions
 
     return Request(
         sources=tuple(options.sources),
@@ -105,8 +104,9 @@ def _request(options: argparse.Namespace) -> "Request":
         follow_links=options.follow_links,
         max_bad=options.max_bad,
         dry_run=options.dry_run,
-        address=options.address,
-        workers=options.workers,
+        resources=Resources(
+            options.address or os.environ.get("RAY_ADDRESS"), options.workers, options.gpus, options.device
+        ),
     )
 
 
@@ -143,7 +143,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--follow-links", action="store_true", help="enter links to directories, each directory once")
     how.add_argument("--dry-run", action="store_true", help="list and estimate, and write nothing")
-    how.add_argument("--workers", type=int, default=0, help="processes that score (default: one a core)")
+    how.add_argument("--workers", type=int, default=0, help="processes that work on images (default: one a core)")
+    how.add_argument(
+        "--gpus",
+        type=int,
+        default=0,
+        metavar="N",
+        help="N processes with a GPU each predict for the others (default: 0)",
+    )
+    how.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="where those predict; cpu tries them without a GPU"
+    )
     how.add_argument("--address", help="a Ray cluster to run on (default: RAY_ADDRESS, or a private one here)")
     how.add_argument("--samples", action="store_true", help="first put sample photographs into SOURCE")
     parser.set_defaults(mode="resume")

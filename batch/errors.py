@@ -1,6 +1,7 @@
 """What can end a run, as one tree.
 
     BatchError
+    ├── RequestError        the model or an option cannot be used
     ├── SourceError         a source cannot be used
     ├── OutputError         the output directory cannot be used as asked
     ├── JobError            the engine stopped; what is done stays done
@@ -12,7 +13,7 @@ Every error is one sentence that says what was wrong and what to do.
 
 from typing import ClassVar
 
-__all__ = ["BatchError", "IncompleteError", "JobError", "OutputError", "SourceError", "TooManyBadError"]
+__all__ = ["BatchError", "IncompleteError", "JobError", "OutputError", "RequestError", "SourceError", "TooManyBadError"]
 
 
 class BatchError(Exception):
@@ -23,6 +24,12 @@ class BatchError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
+
+
+class RequestError(BatchError):
+    """The model cannot be loaded, or an option is out of its range."""
+
+    exit_code = 2
 
 
 class SourceError(BatchError):

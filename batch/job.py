@@ -5,53 +5,28 @@
 
 import contextlib
 import errno
-import fcntl
-import glob
 import logging
-import os
-import secrets
-import shutil
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final, cast
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
 
+from batch.engine import worker_count
 from batch.errors import JobError
+from batch.gpu import start_models
 from batch.output import Output
 from batch.progress import BlockReport, Tally
-from batch.scorer import BLOCK_SCHEMA, ScoreOptions, Scorer
+from batch.request import Resources, ScoreOptions
+from batch.scorer import BLOCK_SCHEMA, Scorer
 
-__all__ = ["Resources", "score_manifest"]
+__all__ = ["score_manifest"]
 
-# Reading, filtering by the checkpoint and writing each hold a logical CPU; with fewer than four a resumed run hangs.
-_SPARE_CPUS: Final = 3
-_OBJECT_STORE_BYTES: Final = 256 * 2**20
-_SCRATCH: Final = "agegender-ray-"
-_STARTS: Final = 3
 _POLL_S: Final = 0.25
 _STUCK_S: Final = 300
 _TALLY_S: Final = 5
-
-
-@dataclass(frozen=True)
-class Resources:
-    """Where the job runs.
-
-    Attributes:
-        address: of a Ray cluster; None starts a private one on this machine.
-        workers: actors that score; 0 takes a core each.
-        device: where the network runs, see `Predictor`.
-    """
-
-    address: str | None = None
-    workers: int = 0
-    device: str = "cpu"
 
 
 def score_manifest(
@@ -61,7 +36,7 @@ def score_manifest(
     resources: Resources,
     on_progress: Callable[[BlockReport], None],
 ) -> None:
-    """Scores what the manifest holds and the checkpoint does not, into `output.parts`.
+    """Scores what the manifest holds and the checkpoint does not, into `output.parts`. Ray must be up.
 
     Args:
         output: a directory with a run that has begun.
@@ -74,17 +49,16 @@ def score_manifest(
     Raises:
         JobError: the job cannot go on.
     """
-    with _ray(resources):
-        tally = _RemoteTally(ray.remote(num_cpus=0)(Tally).remote())
-        pipeline = _Pipeline(output, options, model, resources, tally)
-        pipeline.start()
-        while pipeline.is_alive():
-            pipeline.join(_POLL_S)
-            if pipeline.is_alive():
-                _poll(tally, on_progress)
-        if pipeline.error is not None:
-            raise JobError(_explain(pipeline.error)) from pipeline.error
-        _poll(tally, on_progress)
+    tally = _RemoteTally(ray.remote(num_cpus=0)(Tally).remote())
+    pipeline = _Pipeline(output, options, model, resources, tally)
+    pipeline.start()
+    while pipeline.is_alive():
+        pipeline.join(_POLL_S)
+        if pipeline.is_alive():
+            _poll(tally, on_progress)
+    if pipeline.error is not None:
+        raise JobError(_explain(pipeline.error)) from pipeline.error
+    _poll(tally, on_progress)
 
 
 def _poll(tally: "_RemoteTally", on_progress: Callable[[BlockReport], None]) -> None:
@@ -123,10 +97,10 @@ class _Pipeline(threading.Thread):
         self._constructor = {
             "options": options,
             "model": model,
-            "device": resources.device,
+            "models": start_models(model, resources) if resources.gpus else [],
             "tally": tally,
         }
-        self._workers = _worker_count(resources)
+        self._workers = worker_count(resources)
 
     def run(self) -> None:
         try:
@@ -158,93 +132,11 @@ def _configure(output: Output) -> None:
     checkpoint.checkpoint_actor_memory_bytes = 200 * 2**20
     context = DataContext.get_current()
     context.checkpoint_config = checkpoint
+    context.use_datasource_v2 = False  # which starts more processes than the manifest has files, seconds each
     context.execution_no_progress_timeout_s = _STUCK_S
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-
-def _worker_count(resources: Resources) -> int:
-    if resources.workers:
-        return resources.workers
-    if resources.address:
-        return max(1, int(ray.cluster_resources().get("CPU", 1)) - _SPARE_CPUS)
-    return len(os.sched_getaffinity(0))
-
-
-@contextlib.contextmanager
-def _ray(resources: Resources) -> Iterator[None]:
-    """Ray for the duration of a job: a cluster's, or a private one that leaves nothing behind."""
-    with _scratch() as folder, _quiet(os.path.join(folder, "engine.log")):
-        _start(resources, folder)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-def _start(resources: Resources, folder: str) -> None:
-    """Starts or joins Ray. It gives itself 30 s, which a machine that is busy with other things may not keep."""
-    for attempt in range(_STARTS):
-        cluster = {"address": resources.address} if resources.address else _private_cluster(resources, folder)
-        try:
-            ray.init(**cluster, log_to_driver=False, logging_level=logging.ERROR)
-            return
-        except Exception as error:  # Ray raises bare ones here
-            ray.shutdown()
-            if resources.address or attempt + 1 == _STARTS:
-                raise JobError(f"Ray did not start: {_first_line(error)} Nothing is lost; try again.") from error
-
-
-@contextlib.contextmanager
-def _scratch() -> Iterator[str]:
-    """A directory for Ray's sockets and logs; those that killed runs have left go too."""
-    for old in glob.glob(os.path.join(tempfile.gettempdir(), f"{_SCRATCH}*")):
-        with contextlib.suppress(OSError), _lock(old):
-            shutil.rmtree(old, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix=_SCRATCH)
-    try:
-        with _lock(folder):
-            yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _lock(folder: str) -> Iterator[None]:
-    """Holds a directory as long as this process lives; BlockingIOError if another process does."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _quiet(log: str) -> Iterator[None]:
-    """Sends what the engine's libraries write to stderr to a file; what this program writes there still gets there."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    with open(log, "wb") as file, open(os.dup(saved), "w") as stream, contextlib.redirect_stderr(stream):
-        os.dup2(file.fileno(), 2)
-        try:
-            yield
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-
-
-def _private_cluster(resources: Resources, folder: str) -> dict[str, Any]:
-    # Ray would keep a token in the home directory, readable by all; a token in the environment is kept nowhere.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    return {
-        "address": "local",
-        "num_cpus": _worker_count(resources) + _SPARE_CPUS,
-        "include_dashboard": False,
-        "object_store_memory": _OBJECT_STORE_BYTES,
-        "_temp_dir": folder,
-    }
 
 
 def _explain(error: Exception) -> str:
@@ -260,10 +152,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = getattr(error, "cause", None) or error.__cause__
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _last_line(error: BaseException) -> str:

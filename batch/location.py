@@ -15,8 +15,6 @@ from typing import Final
 
 from pyarrow import fs
 
-from agegender.errors import AgeGenderError
-
 __all__ = [
     "FileTooLargeError",
     "decode_path",
@@ -38,10 +36,8 @@ _KINDS: Final = (
 )
 
 
-class FileTooLargeError(AgeGenderError):
+class FileTooLargeError(ValueError):
     """The file holds more bytes than the job may read."""
-
-    status = "too_large"
 
 
 def encode_path(path: bytes) -> str:

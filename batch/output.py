@@ -13,13 +13,14 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
 from pyarrow import fs
 
-from batch.errors import OutputError
+from batch.errors import JobError, OutputError
+from batch.lease import LeaseLostError, LeaseTakenError, lease
 from batch.location import filesystem_of
 
 __all__ = ["Output", "Run"]
@@ -30,6 +31,7 @@ _SUCCESS: Final = "_SUCCESS"
 SUMMARY_FILE: Final = "_summary.json"
 REPORT_FILE: Final = "report.html"
 _OURS: Final = re.compile(r"_run|_SUCCESS|_summary\.json|report\.html|faces-[0-9a-f]{8}-\d{5}\.parquet")
+_LEASE: Final = re.compile(r"_writer-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Run:
     Attributes:
         id: eight hexadecimal digits.
         created: when it began, ISO 8601.
-        version: version of this package.
+        version: of this package, with a digest of the code that shapes the outcomes.
         model: name, version and SHA-256 of the model.
         options: everything else that the values depend on.
         sources: names of the sources.
@@ -47,6 +49,7 @@ class Run:
         blocks: how many blocks.
         first_id: number of the first input; above 0 when the run adds to an older one.
         excluded: what the listing left out, by reason.
+        libraries: versions of the libraries that shape the outcomes.
     """
 
     id: str
@@ -59,6 +62,7 @@ class Run:
     blocks: int
     first_id: int = 0
     excluded: dict[str, int] | None = None
+    libraries: dict[str, str] = field(default_factory=dict)
 
     def difference(self, other: "Run") -> str | None:
         """Why `other` would not give the same outcomes; None if it would."""
@@ -66,6 +70,9 @@ class Run:
             return f"its model was {_model_text(self.model)} and is now {_model_text(other.model)}"
         if self.version != other.version:
             return f"it was written by version {self.version} and this is {other.version}"
+        for name, value in other.libraries.items():
+            if self.libraries.get(name) != value:
+                return f"it was written with {name} {self.libraries.get(name)} and this is {name} {value}"
         for name, value in other.options.items():
             if self.options.get(name) != value:
                 return f"its --{name.replace('_', '-')} was {self.options.get(name)} and is now {value}"
@@ -147,7 +154,8 @@ class Output:
         """
         if self.filesystem.get_file_info(self.base).type is fs.FileType.File:
             raise OutputError(f"{self.name} is a file; give a directory for the output")
-        foreign = [info.base_name for info in self.list("") if not _OURS.fullmatch(info.base_name)]
+        names = [info.base_name for info in self.list("")]
+        foreign = [name for name in names if not _OURS.fullmatch(name) and not _LEASE.fullmatch(name)]
         if foreign:
             raise OutputError(
                 f"{self.name} holds files that are not an output of this program, such as {foreign[0]}; "
@@ -206,23 +214,43 @@ class Output:
             self.filesystem.move(written, target)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps a second run off a local directory; object stores have no lock.
+    def locked(self) -> Iterator[Callable[[], None]]:
+        """Keeps a second run off the directory.
+
+        Yields:
+            A function that raises JobError if this run no longer holds it.
 
         Raises:
             OutputError: another run holds it.
         """
-        if not self.is_local:
-            yield
-            return
+        with self._local_lock() if self.is_local else self._lease() as still_held:
+            yield still_held
+
+    @contextlib.contextmanager
+    def _local_lock(self) -> Iterator[Callable[[], None]]:
         descriptor = os.open(self.base, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
+            yield lambda: None
         except BlockingIOError:
-            raise OutputError(f"another run is writing to {self.name}; wait for it or stop it") from None
+            raise self._in_use() from None
         finally:
             os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _lease(self) -> Iterator[Callable[[], None]]:
+        try:
+            with lease(self.filesystem, self.base) as check:
+                yield check
+        except LeaseTakenError:
+            raise self._in_use() from None
+        except LeaseLostError:
+            raise JobError(
+                f"another run took over {self.name}, since this one had stood still; that one goes on"
+            ) from None
+
+    def _in_use(self) -> OutputError:
+        return OutputError(f"another run is writing to {self.name}; wait for it or stop it")
 
     def _read(self, name: str) -> str | None:
         path = self.path(name)

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Final
 
+from agegender import AgeGenderError
+from agegender.image import quiet_pillow
+from batch.errors import RequestError
 from batch.listing import Input, Listing
 from batch.location import read_bytes
 from batch.request import Request
@@ -31,7 +34,7 @@ def preview(request: Request, listing: Listing, say: Callable[[str], None]) -> N
     if not sample:
         return
     statuses, seconds = _try(request, sample)
-    workers = request.workers or len(os.sched_getaffinity(0))
+    workers = request.resources.workers or len(os.sched_getaffinity(0))
     say(f"tried {len(sample)}: " + ", ".join(f"{count} {status}" for status, count in statuses.most_common()))
     say(f"about {_duration(seconds / len(sample) * total / workers)} with {workers} processes, and some to start")
 
@@ -51,7 +54,11 @@ def _draw(listing: Listing) -> tuple[list[Input], Counter[str]]:
 
 
 def _try(request: Request, sample: list[Input]) -> tuple[Counter[str], float]:
-    predictor = request.options.predictor(request.model, device="cpu", threads=1)
+    quiet_pillow()
+    try:
+        predictor = request.options.predictor(request.model, device="cpu", threads=1)
+    except (AgeGenderError, ValueError) as error:
+        raise RequestError(str(error)) from error
     paths, errors = [each.path for each in sample], [each.error for each in sample]
     started = time.monotonic()
     results = score(predictor, paths, errors, lambda path: read_bytes(path, max_bytes=request.options.max_bytes))

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from agegender import AgeGenderError, decode_image
+from agegender.image import quiet_pillow
 from batch.location import read_bytes
 from batch.output import Output
 
@@ -45,6 +46,7 @@ def write_report(output: Output) -> str:
     Raises:
         OutputError: the output is not finished.
     """
+    quiet_pillow()
     summary = output.summary()
     gathered = _Gathered()
     for batch in _batches(output):

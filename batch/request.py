@@ -1,11 +1,56 @@
 """What a caller asks of the batch job."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from batch.scorer import ScoreOptions
+if TYPE_CHECKING:
+    from agegender import Predictor
 
-__all__ = ["Request"]
+__all__ = ["Request", "Resources", "ScoreOptions"]
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What the values depend on, beside the model.
+
+    Attributes:
+        faces: see `Predictor`.
+        min_score: see `Predictor`.
+        max_faces: see `Predictor`.
+        max_pixels: see `Predictor`.
+        max_bytes: a larger file is not read.
+    """
+
+    faces: Literal["detect", "whole"] = "detect"
+    min_score: float = 0.6
+    max_faces: int = 100
+    max_pixels: int = 100_000_000
+    max_bytes: int = 512_000_000
+
+    def predictor(self, model: Any, **arguments: Any) -> "Predictor":
+        """The chain with these options, and more arguments of `Predictor`."""
+        from agegender import Predictor  # takes a second, in which others can look at the call
+
+        values = {name: value for name, value in asdict(self).items() if name != "max_bytes"}
+        return Predictor(model, **values, **arguments)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Where the job runs.
+
+    Attributes:
+        address: of a Ray cluster; None starts a private one on this machine.
+        workers: processes that read, decode, detect and cut; 0 takes one a core.
+        gpus: processes that only predict, each with a GPU, for the others to share; 0 lets each predict for itself.
+        device: where those processes predict; `cpu` tries the two stages without a GPU.
+    """
+
+    address: str | None = None
+    workers: int = 0
+    gpus: int = 0
+    device: Literal["cuda", "cpu"] = "cuda"
 
 
 @dataclass(frozen=True)
@@ -22,17 +67,15 @@ class Request:
         follow_links: see `Listing`.
         dry_run: lists and estimates, and writes nothing.
         max_bad: the largest share (with %) or number of inputs that may fail, or None.
-        address: of a Ray cluster, or None.
-        workers: see `batch.job.Resources`.
+        resources: where the job runs.
     """
 
     sources: tuple[str, ...]
     out: str
-    model: str
+    model: str | Path
     options: ScoreOptions = field(default_factory=ScoreOptions)
     mode: Literal["resume", "append", "overwrite"] = "resume"
     follow_links: bool = False
     dry_run: bool = False
     max_bad: str | None = None
-    address: str | None = None
-    workers: int = 0
+    resources: Resources = field(default_factory=Resources)

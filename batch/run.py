@@ -1,30 +1,36 @@
 """One run from its request to its summary: look first, list, score, publish."""
 
+import contextlib
 import hashlib
-import os
 import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from importlib.resources import files
 from typing import Final
 
 import pyarrow.parquet as pq
 
-from batch.errors import OutputError, SourceError, TooManyBadError
+from batch.errors import OutputError, RequestError, SourceError, TooManyBadError
 from batch.listing import Listing, blocks_of, digest
 from batch.location import normalize
 from batch.output import Output, Run, now
-from batch.preview import preview
 from batch.progress import BlockReport, Progress, bad_count
-from batch.publish import committed_parts, describe, publish
 from batch.request import Request
 from batch.summary import bad_text, summary_text
+
+# What takes seconds to import (torch, Ray) is imported where it is needed: a wrong call is answered before, and torch
+# is imported while Ray starts.
 
 __all__ = ["run_batch"]
 
 _JUDGE_AFTER: Final = 100
+
+# Of these the outcomes' last bits may depend.
+_LIBRARIES: Final = ("numpy", "opencv-python-headless", "pillow", "torch")
 
 
 def run_batch(request: Request, say: Callable[[str], None]) -> None:
@@ -37,7 +43,7 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
     Raises:
         SourceError: a source cannot be used.
         OutputError: the output cannot be used as asked.
-        AgeGenderError: the model cannot be loaded.
+        RequestError: the model cannot be loaded, or an option is out of its range.
         JobError: the engine stopped.
         TooManyBadError: see `Request.max_bad`.
     """
@@ -47,30 +53,67 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
     listing.check()
     output.check_ours()
     if request.dry_run:
+        from batch.preview import preview
+
         preview(request, listing, say)
         return
-    wanted, model = _identify(request, listing)
     output.check_writable()
-    with output.locked():
-        if request.mode == "overwrite":
-            output.clear()
-        run = _settle(output, wanted, listing, request, say)
-        if run is not None:
-            _finish(output, run, model, request, say, started)
+    with output.locked() as still_held, ThreadPoolExecutor(1) as aside:
+        # Ray is imported before OpenCV: both change sys.path meanwhile, and must not do so at once.
+        engine = _engine(request, output)
+        identified = aside.submit(_identify, request, listing)
+        with engine:
+            wanted, model = identified.result()
+            if request.mode == "overwrite":
+                output.clear()
+            run = _settle(output, wanted, listing, request, say)
+            if run is not None:
+                _finish(output, run, model, request, say, started, still_held)
+
+
+def _engine(request: Request, output: Output) -> contextlib.AbstractContextManager[None]:
+    """Ray, unless there can be nothing to do."""
+    if request.mode == "resume" and output.finished() is not None:
+        return contextlib.nullcontext()
+    from batch.engine import running_engine
+
+    return running_engine(request.resources)
 
 
 def _identify(request: Request, listing: Listing) -> tuple[Run, bytes]:
     """What the run is, but for its inputs; loads the chain once, to fail before anything has begun."""
-    options = asdict(request.options)
-    chain = request.options.predictor(request.model, device="cpu").model
-    spec, sha256 = chain.spec, chain.sha256
+    from agegender import AgeGenderError
+
+    try:
+        chain = request.options.predictor(request.model, device="cpu").model
+    except (AgeGenderError, ValueError) as error:
+        raise RequestError(str(error)) from error
     with open(request.model, "rb") as file:
         model = file.read()
-    if hashlib.sha256(model).hexdigest() != sha256:
+    if hashlib.sha256(model).hexdigest() != chain.sha256:
         raise OutputError(f"the model {request.model} is being written to; try again when it is complete")
-    identity = {"name": spec.name, "version": spec.version, "sha256": sha256}
-    run = Run(secrets.token_hex(4), now(), version("agegender"), identity, options, list(listing.sources), 0, 0)
+    run = Run(
+        id=secrets.token_hex(4),
+        created=now(),
+        version=f"{version('agegender')}+{_code_digest()}",
+        model={"name": chain.spec.name, "version": chain.spec.version, "sha256": chain.sha256},
+        options=asdict(request.options),
+        sources=list(listing.sources),
+        inputs=0,
+        blocks=0,
+        libraries={name: version(name) for name in _LIBRARIES},
+    )
     return run, model
+
+
+def _code_digest() -> str:
+    """Eight digits of the code that the outcomes come from: the core, and what reads files and scores them here."""
+    sources = [each for each in files("agegender").iterdir() if each.name.endswith(".py")]
+    sources += [files("batch") / name for name in ("location.py", "scorer.py")]
+    combined = hashlib.sha256()
+    for source in sorted(sources, key=str):
+        combined.update(source.read_bytes())
+    return combined.hexdigest()[:8]
 
 
 def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say: Callable[[str], None]) -> Run | None:
@@ -149,15 +192,24 @@ def _begin(output: Output, wanted: Run, listing: Listing, say: Callable[[str], N
 
 
 def _finish(
-    output: Output, run: Run, model: bytes, request: Request, say: Callable[[str], None], started: float
+    output: Output,
+    run: Run,
+    model: bytes,
+    request: Request,
+    say: Callable[[str], None],
+    started: float,
+    still_held: Callable[[], None],
 ) -> None:
     """Scores what is left, puts the outcomes into place and tells of them."""
+    from batch.publish import committed_parts, describe, publish
+
     _, before = committed_parts(output)
     watch = _Watch(run, before.statuses, request.max_bad)
     if before.inputs:
         say(f"{before.inputs:,} of {run.inputs:,} files were done before.")
     if before.inputs < run.inputs:
         _score(output, run, model, request, watch)
+    still_held()
     parts, counts = committed_parts(output)
     watch.judge(counts.statuses)
     publish(output, run, parts)
@@ -177,11 +229,10 @@ def _finish(
 
 
 def _score(output: Output, run: Run, model: bytes, request: Request, watch: "_Watch") -> None:
-    from batch.job import Resources, score_manifest  # imports Ray, once everything is known to be in order
+    from batch.job import score_manifest
 
-    resources = Resources(request.address or os.environ.get("RAY_ADDRESS"), request.workers)
     try:
-        score_manifest(output, request.options, model, resources, watch.see)
+        score_manifest(output, request.options, model, request.resources, watch.see)
     finally:
         watch.close()
 

@@ -1,20 +1,20 @@
 """The actor: a block of names in, its records out. Whatever an input does, it gets its records."""
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import pyarrow as pa
 
 from agegender import AgeGenderError, ImageResult, Item, Predictor
+from agegender.image import quiet_pillow
 from agegender.records import arrow_schema, to_rows
-from batch.location import read_bytes
+from batch.gpu import BATCH_SIZE, RemoteModel, load_model
+from batch.location import FileTooLargeError, read_bytes
 from batch.progress import BlockReport, Listener
+from batch.request import ScoreOptions
 
-__all__ = ["BLOCK_SCHEMA", "ScoreOptions", "Scorer", "score"]
+__all__ = ["BLOCK_SCHEMA", "Scorer", "score"]
 
 # What Ray writes: the final columns, and the block that its checkpoint speaks of.
 BLOCK_SCHEMA: Final = pa.schema([pa.field("block", pa.int64()), pa.field("id", pa.int64()), *arrow_schema()])
@@ -23,51 +23,30 @@ _REPORT_EVERY_S: Final = 0.5
 _DIED: Final = "the process that worked on this file died, each time"
 
 
-@dataclass(frozen=True)
-class ScoreOptions:
-    """What the values depend on, beside the model.
-
-    Attributes:
-        faces: see `Predictor`.
-        min_score: see `Predictor`.
-        max_faces: see `Predictor`.
-        max_pixels: see `Predictor`.
-        max_bytes: a larger file is not read.
-    """
-
-    faces: Literal["detect", "whole"] = "detect"
-    min_score: float = 0.6
-    max_faces: int = 100
-    max_pixels: int = 100_000_000
-    max_bytes: int = 512_000_000
-
-    def predictor(self, model: str | Path, **arguments: Any) -> Predictor:
-        """The chain with these options, and more arguments of `Predictor`."""
-        values = {name: value for name, value in asdict(self).items() if name != "max_bytes"}
-        return Predictor(model, **values, **arguments)
-
-
 class Scorer:
     """Loads the chain once, then scores blocks of the manifest."""
 
-    def __init__(self, options: ScoreOptions, model: bytes, device: str, tally: Listener) -> None:
+    def __init__(self, options: ScoreOptions, model: bytes, models: Sequence[Any], tally: Listener) -> None:
         """Loads the chain.
 
         Args:
             options: what the values depend on.
-            model: the artifact, which travels with the job so that no node needs the file.
-            device: where the network runs, see `Predictor`.
+            model: the artifact.
+            models: actors that predict, see `start_models`; where there are none, this process predicts by itself.
             tally: is told of what is done.
         """
+        quiet_pillow()
         self._max_bytes = options.max_bytes
         self._tally = tally
         self._report = BlockReport()
         self._input_s: dict[str, float] = {}
         self._input = ""
-        with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-            file.write(model)
-            file.flush()
-            self._predictor = options.predictor(file.name, device=device, threads=1, on_stage=self._on_stage)
+        self._predictor = options.predictor(
+            RemoteModel(list(models)) if models else load_model(model, device="cpu"),
+            batch_size=BATCH_SIZE if models else 32,
+            threads=1,
+            on_stage=self._on_stage,
+        )
 
     def __call__(self, blocks: pa.Table) -> pa.Table:
         """Rows of `batch.listing.MANIFEST_SCHEMA` -> rows of `BLOCK_SCHEMA`."""
@@ -103,7 +82,8 @@ class Scorer:
             self._on_stage("read", time.perf_counter() - started)
 
     def _on_stage(self, stage: str, seconds: float) -> None:
-        self._report.add(BlockReport(stages_s={stage: seconds}))
+        stages_s = self._report.stages_s
+        stages_s[stage] = stages_s.get(stage, 0.0) + seconds
         if stage != "predict":  # which is of many inputs together
             self._input_s[self._input] = self._input_s.get(self._input, 0.0) + seconds
 
@@ -143,5 +123,7 @@ def _read_unless(error: str | None, path: str, read: Callable[[str], bytes]) -> 
 
 
 def _unread(path: str, failure: Exception) -> ImageResult:
+    if isinstance(failure, FileTooLargeError):
+        return ImageResult(path, "too_large", str(failure))
     known = isinstance(failure, (AgeGenderError, OSError))
     return ImageResult.from_error(path, failure if known else OSError(0, str(failure)))

@@ -133,6 +133,28 @@ def test_records_are_those_of_the_predictor(hostile: Hostile, records: pd.DataFr
     )
 
 
+def test_models_in_processes_of_their_own_give_the_same(
+    hostile: Hostile, records: pd.DataFrame, tmp_path: Path
+) -> None:
+    """The two stages of a GPU cluster, with the second one on the CPU."""
+    sources = [hostile.root / name for name in ("astronaut.png", "group.jpg", "blank.png", "truncated.jpg")]
+    done = run_batch(*sources, tmp_path / "out", "--gpus", 2, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    got = pd.read_parquet(tmp_path / "out").drop(columns="id")
+    expected = records[records["path"].isin(map(str, sources))].drop(columns="id")
+    key = ["path", "face"]
+    pd.testing.assert_frame_equal(
+        got.sort_values(key).reset_index(drop=True), expected.sort_values(key).reset_index(drop=True), rtol=1e-5
+    )
+
+
+def test_gpus_that_are_not_there_are_missed_in_a_sentence(hostile: Hostile, tmp_path: Path) -> None:
+    done = run_batch(hostile.root / "blank.png", tmp_path / "out", "--gpus", 99)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") <= 2
+    assert "--gpus 99 was asked for, but Ray finds" in done.stderr
+
+
 def test_files_are_sorted_compressed_and_say_where_they_come_from(hostile: Hostile, records: pd.DataFrame) -> None:
     (path,) = (hostile.root / "out").glob("*.parquet")
     file = pq.ParquetFile(path)

@@ -1,5 +1,6 @@
 """What a run does to its output directory, with an engine of this process in Ray's place."""
 
+import contextlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import batch.engine
 import batch.job
 from agegender import Predictor
 from batch.__main__ import main
@@ -24,10 +26,10 @@ from batch.output import Output
 from batch.progress import BlockReport, Progress, Tally, bad_count
 from batch.publish import committed_parts
 from batch.report import write_report
-from batch.request import Request
+from batch.request import Request, ScoreOptions
 from batch.run import run_batch
 from batch.samples import write_samples
-from batch.scorer import BLOCK_SCHEMA, ScoreOptions, Scorer, score
+from batch.scorer import BLOCK_SCHEMA, Scorer, score
 
 WHOLE = ScoreOptions(faces="whole")
 
@@ -51,7 +53,7 @@ class Engine:
     ) -> None:
         self.calls += 1
         tally = Tally()
-        scorer = Scorer(options, model, "cpu", tally)
+        scorer = Scorer(options, model, (), tally)
         done = {block for part in committed_parts(output)[0] for block in part.blocks}
         left = [row for row in pq.read_table(output.manifest).to_pylist() if row["block"] not in done]
         for folder in (output.parts, output.checkpoint):
@@ -71,6 +73,7 @@ class Engine:
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
     engine = Engine()
     monkeypatch.setattr(batch.job, "score_manifest", engine)
+    monkeypatch.setattr(batch.engine, "running_engine", lambda _: contextlib.nullcontext())
     return engine
 
 
@@ -167,6 +170,25 @@ def test_another_model_is_refused(request_: Request, engine: Engine, said: list[
     summary["run"]["model"]["sha256"] = "0" * 64
     path.write_text(json.dumps(summary))
     with pytest.raises(OutputError, match=r"its model was .*00000000"):
+        run_batch(request_, said.append)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("version", "0.1.0+00000000", r"written by version 0\.1\.0\+00000000 and this is 0\.1\.0\+[0-9a-f]{8}"),
+        ("libraries", {"torch": "1.0"}, r"written with \S+ \S+ and this is"),
+    ],
+)
+def test_another_code_is_refused(
+    request_: Request, engine: Engine, said: list[str], name: str, value: Any, reason: str
+) -> None:
+    run_batch(request_, said.append)
+    path = Path(request_.out) / "_summary.json"
+    summary = json.loads(path.read_text())
+    summary["run"][name] = value
+    path.write_text(json.dumps(summary))
+    with pytest.raises(OutputError, match=reason):
         run_batch(request_, said.append)
 
 
@@ -289,11 +311,30 @@ def test_the_report_is_one_page_that_escapes_what_it_shows(
     assert "Nothing to do" in said[-1]
 
 
-def test_readers_of_other_libraries_see_the_schema(request_: Request, engine: Engine, said: list[str]) -> None:
+def read_pandas(out: str) -> tuple[int, int, float]:
+    table = pd.read_parquet(out)
+    return table["path"].nunique(), table["age"].count(), table["age"].max()
+
+
+def read_duckdb(out: str) -> tuple[int, int, float]:
     duckdb = pytest.importorskip("duckdb")
+    return duckdb.sql(f"select count(distinct path), count(age), max(age) from '{out}/*.parquet'").fetchall()[0]
+
+
+def read_polars(out: str) -> tuple[int, int, float]:
+    polars = pytest.importorskip("polars")
+    columns = [polars.col("path").n_unique(), polars.col("age").count(), polars.col("age").max().alias("max")]
+    return polars.scan_parquet(f"{out}/*.parquet").select(columns).collect().row(0)
+
+
+@pytest.mark.parametrize("read", [read_pandas, read_duckdb, read_polars])
+def test_readers_of_other_libraries_see_the_same(
+    request_: Request, engine: Engine, said: list[str], read: Callable[[str], tuple[int, int, float]]
+) -> None:
     run_batch(request_, said.append)
-    count, ages = duckdb.sql(f"select count(distinct path), count(age) from '{request_.out}/*.parquet'").fetchall()[0]
-    assert (count, ages) == (50, 40)
+    ages = pq.read_table(request_.out)["age"].drop_null().to_numpy()
+    paths, count, oldest = read(request_.out)
+    assert (paths, count, oldest) == (50, 40, pytest.approx(ages.max()))
 
 
 @pytest.mark.parametrize(
@@ -363,8 +404,8 @@ def test_a_file_that_kills_its_process_is_given_up(model_path: Path, tmp_path: P
     tally = Tally()
     for _ in range(3):
         with pytest.raises(Died):
-            Mortal(WHOLE, model_path.read_bytes(), "cpu", tally)(table)
-    rows = Mortal(WHOLE, model_path.read_bytes(), "cpu", tally)(table)
+            Mortal(WHOLE, model_path.read_bytes(), (), tally)(table)
+    rows = Mortal(WHOLE, model_path.read_bytes(), (), tally)(table)
     assert rows.schema.equals(BLOCK_SCHEMA)
     assert rows["status"].to_pylist() == ["ok", "ok", "ok", "failed", "ok", "ok"]
     assert "died" in rows["error"].to_pylist()[3]

@@ -1,0 +1,127 @@
+"""Ray for the duration of a job: a cluster's, or a private one that leaves nothing behind."""
+
+import contextlib
+import fcntl
+import glob
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any, Final
+
+import ray
+
+from batch.errors import JobError
+from batch.request import Resources
+
+__all__ = ["running_engine", "worker_count"]
+
+# Reading, filtering by the checkpoint and writing each hold a logical CPU; with fewer than four a resumed run hangs.
+_SPARE_CPUS: Final = 3
+_OBJECT_STORE_BYTES: Final = 256 * 2**20
+_SCRATCH: Final = "agegender-ray-"
+_STARTS: Final = 3
+
+
+@contextlib.contextmanager
+def running_engine(resources: Resources) -> Iterator[None]:
+    """Ray is up inside this context.
+
+    Raises:
+        JobError: it does not start.
+    """
+    with _scratch() as folder, _quiet(os.path.join(folder, "engine.log")):
+        _start(resources, folder)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def worker_count(resources: Resources) -> int:
+    """How many processes work on images."""
+    if resources.workers:
+        return resources.workers
+    if resources.address:
+        return max(1, int(ray.cluster_resources().get("CPU", 1)) - _SPARE_CPUS)
+    return len(os.sched_getaffinity(0))
+
+
+def _start(resources: Resources, folder: str) -> None:
+    """Starts or joins Ray. It gives itself 30 s, which a machine that is busy with other things may not keep."""
+    for attempt in range(_STARTS):
+        cluster = {"address": resources.address} if resources.address else _private_cluster(resources, folder)
+        try:
+            ray.init(**cluster, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        except Exception as error:  # Ray raises bare ones here
+            ray.shutdown()
+            if resources.address or attempt + 1 == _STARTS:
+                raise JobError(f"Ray did not start: {_first_line(error)} Nothing is lost; try again.") from error
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[str]:
+    """A directory for Ray's sockets and logs; those that killed runs have left go too."""
+    for old in glob.glob(os.path.join(tempfile.gettempdir(), f"{_SCRATCH}*")):
+        with contextlib.suppress(OSError), _lock(old):
+            shutil.rmtree(old, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=_SCRATCH)
+    try:
+        with _lock(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock(folder: str) -> Iterator[None]:
+    """Holds a directory as long as this process lives; BlockingIOError if another process does."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _quiet(log: str) -> Iterator[None]:
+    """Sends to a file what the engine's libraries print, and write to stderr beside Python.
+
+    What this program writes to `sys.stderr` still gets there; what it has to say on stdout goes to a stream that it has
+    kept, see `__main__`.
+    """
+    sys.stderr.flush()
+    saved = os.dup(2)
+    with (
+        open(log, "w") as file,
+        open(os.dup(saved), "w") as stream,
+        contextlib.redirect_stderr(stream),
+        contextlib.redirect_stdout(file),
+    ):
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def _private_cluster(resources: Resources, folder: str) -> dict[str, Any]:
+    # Ray would keep a token in the home directory, readable by all; a token in the environment is kept nowhere.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    return {
+        "address": "local",
+        "num_cpus": worker_count(resources) + _SPARE_CPUS,
+        "include_dashboard": False,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "_temp_dir": folder,
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

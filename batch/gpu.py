@@ -1,0 +1,76 @@
+"""chips -> predictions in processes that hold a GPU and do nothing else, shared by those that work on images.
+
+The chain stays one: `Predictor` runs as ever, with a model that is elsewhere. A block stays in one process from its
+names to its records, so what holds for checkpoints and order holds here.
+"""
+
+import random
+import tempfile
+from typing import Any, Final
+
+import ray
+
+from agegender import Model, ModelSpec
+from agegender.image import Pixels
+from agegender.model import Predictions
+from batch.errors import JobError
+from batch.request import Resources
+
+__all__ = ["BATCH_SIZE", "RemoteModel", "start_models"]
+
+# Large enough that the network's time on a GPU is short against what it takes to fill a batch.
+BATCH_SIZE: Final = 256
+
+
+class _ModelProcess:
+    """A model in a process of its own."""
+
+    def __init__(self, model: bytes, device: str) -> None:
+        self._model = load_model(model, device=device)
+
+    def spec(self) -> ModelSpec:
+        return self._model.spec
+
+    def predict(self, chips: Pixels) -> Predictions:
+        return self._model.predict(chips)
+
+
+class RemoteModel:
+    """Stands for a `Model` in `Predictor`; each call goes to one of several processes.
+
+    Attributes:
+        spec: see `Model`.
+    """
+
+    def __init__(self, processes: list[Any]) -> None:
+        """Takes the actors of `start_models`, and waits until one answers."""
+        self._processes = processes
+        self.spec: ModelSpec = ray.get(random.choice(processes).spec.remote())
+
+    def predict(self, chips: Pixels) -> Predictions:
+        """See `Model.predict`."""
+        predictions: Predictions = ray.get(random.choice(self._processes).predict.remote(chips))
+        return predictions
+
+
+def start_models(model: bytes, resources: Resources) -> list[Any]:
+    """Starts the processes that predict; they start again when they die, and repeat what they had in hand.
+
+    Raises:
+        JobError: the cluster has fewer GPUs than asked for.
+    """
+    on_gpu = resources.device != "cpu"
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if on_gpu and there < resources.gpus:
+        raise JobError(f"--gpus {resources.gpus} was asked for, but Ray finds {there}; ask for that many or fewer")
+    actor = ray.remote(num_cpus=0, num_gpus=int(on_gpu), max_restarts=-1, max_task_retries=-1)(_ModelProcess)
+    reference = ray.put(model)
+    return [actor.remote(reference, resources.device) for _ in range(resources.gpus)]
+
+
+def load_model(model: bytes, *, device: str) -> Model:
+    """The model in the artifact's bytes, which travel with the job so that no node needs the file."""
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
+        file.write(model)
+        file.flush()
+        return Model(file.name, device=device)

@@ -1,0 +1,54 @@
+"""Two runs and one output in an object store, with a local directory in the store's place."""
+
+import time
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+from batch.errors import JobError, OutputError
+from batch.lease import LeaseLostError, LeaseTakenError, lease
+from batch.output import Output
+
+BEAT_S = 0.1
+STORE = fs.LocalFileSystem()
+
+
+def test_a_second_run_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    with lease(STORE, str(tmp_path), beat_s=BEAT_S) as check:
+        with pytest.raises(LeaseTakenError), lease(STORE, str(tmp_path), beat_s=BEAT_S):
+            pass
+        check()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_was_killed_is_outlived(tmp_path: Path) -> None:
+    (tmp_path / "_writer-0123456789abcdef").write_text("once")
+    started = time.monotonic()
+    with lease(STORE, str(tmp_path), beat_s=BEAT_S) as check:
+        check()
+        assert len(list(tmp_path.iterdir())) == 1
+    assert time.monotonic() - started >= 3 * BEAT_S
+
+
+def test_a_run_that_was_taken_for_dead_notices(tmp_path: Path) -> None:
+    with lease(STORE, str(tmp_path), beat_s=BEAT_S) as check:
+        (lost,) = tmp_path.iterdir()
+        lost.unlink()
+        time.sleep(3 * BEAT_S)
+        assert not lost.exists()  # and does not come back
+        with pytest.raises(LeaseLostError):
+            check()
+
+
+def test_an_output_says_it_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batch.lease._BEAT_S", BEAT_S)
+    out = Output(str(tmp_path))
+    out.is_local = False
+    with pytest.raises(JobError, match="took over"), out.locked() as still_held:  # noqa: PT012
+        next(tmp_path.iterdir()).unlink()
+        still_held()
+    with out.locked(), pytest.raises(OutputError, match="another run is writing"), out.locked():
+        pass
+    out.clear()
+    out.check_ours()
