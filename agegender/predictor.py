@@ -70,7 +70,7 @@ class Predictor:
             device: where the network runs: auto, cpu, cuda or cuda:N.
             threads: bounds the threads of torch and OpenCV, for this whole process; None leaves them as they are.
             detector_weights: see `FaceDetector`.
-            on_stage: called with `decode`, `detect` or `predict` and its duration in seconds, whenever one has run.
+            on_stage: called with `decode`, `detect`, `cut` or `predict` and its duration in seconds, whenever one has run.
 
         Raises:
             ModelLoadError: the artifact or the detector's weights cannot be used.
@@ -85,7 +85,7 @@ class Predictor:
         if threads is not None:
             torch.set_num_threads(threads)
             cv2.setNumThreads(threads)
-        self.model = model if isinstance(model, Model) else Model(model, device=device)
+        self.model = Model(model, device=device) if isinstance(model, str | Path) else model
         self.faces = faces
         self.max_pixels = max_pixels
         self.batch_size = batch_size
@@ -133,7 +133,8 @@ class Predictor:
             with self._timed("detect"):
                 faces = self._faces(pixels)
             spec = self.model.spec
-            chips = tuple(cut_chip(pixels, face, spec.chip_size_px, margin=spec.chip_margin) for face in faces)
+            with self._timed("cut"):
+                chips = tuple(cut_chip(pixels, face, spec.chip_size_px, margin=spec.chip_margin) for face in faces)
         except Exception as error:  # whatever one item does, the others get their results
             if not isinstance(error, AgeGenderError):
                 _log.exception("unexpected failure on %r", item.path)

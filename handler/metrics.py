@@ -14,7 +14,7 @@ from agegender import ImageResult
 
 __all__ = ["STAGES", "Metrics"]
 
-STAGES: Final = ("decode", "detect", "predict")
+STAGES: Final = ("decode", "detect", "cut", "predict")
 
 
 class Metrics:

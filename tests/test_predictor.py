@@ -331,7 +331,7 @@ def test_memory_stays_bounded(model, encode):
 def test_stages_are_reported(model, astronaut):
     stages = []
     Predictor(model, on_stage=lambda name, seconds: stages.append((name, seconds))).predict([astronaut, b"text"])
-    assert [name for name, _ in stages][:2] == ["decode", "detect"]
+    assert [name for name, _ in stages][:3] == ["decode", "detect", "cut"]
     assert stages[-1][0] == "predict"
     assert all(0 <= seconds < 60 for _, seconds in stages)
 
