@@ -9,11 +9,14 @@ import torch
 
 from training.cache import load_chips
 from training.data import Rejected, Sample
-from training.loop import BEST, predict_logits
+from training.loop import BEST, predict_logits, save_whole
 from training.loss import Probs
 from training.network import create_network
+from training.options import TrainOptions
 
-__all__ = ["average", "teacher_probs"]
+__all__ = ["average", "taught", "teacher_probs"]
+
+_TAUGHT = "taught.pt"
 
 
 def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, device: torch.device) -> Probs:
@@ -37,6 +40,23 @@ def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, dev
     straight = predict_logits(network, chips, device)
     mirrored = predict_logits(network, np.ascontiguousarray(chips[:, :, ::-1]), device)
     return average([Probs(*(each.softmax(dim=1) for each in logits)) for logits in (straight, mirrored)])
+
+
+def taught(runs: Sequence[Path], samples: Sequence[Sample], options: TrainOptions, device: torch.device) -> Probs:
+    """What several teachers say on average; kept in the run's folder, since it takes minutes and a resume asks again.
+
+    Raises:
+        ValueError: see `teacher_probs`.
+    """
+    path = options.out_dir / _TAUGHT
+    key = [sample.digest for sample in samples] + [str(run) for run in runs]
+    if options.resume and path.exists():
+        kept = torch.load(path, weights_only=True)
+        if kept["key"] == key:
+            return Probs(kept["age"], kept["gender"])
+    probs = average([teacher_probs(run, samples, options.cache_dir, device) for run in runs])
+    save_whole({"key": key, **probs._asdict()}, path)
+    return probs
 
 
 def average(probs: Sequence[Probs]) -> Probs:

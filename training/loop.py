@@ -29,7 +29,7 @@ from training.loss import Targets, criterion, expected_age
 from training.network import Logits, Network
 from training.options import TrainOptions
 
-__all__ = ["BEST", "EpochResult", "predict_logits", "read_curve", "train"]
+__all__ = ["BEST", "EpochResult", "predict_logits", "read_curve", "save_whole", "train"]
 
 BEST: Final = "best.pt"
 _LAST: Final = "last.pt"
@@ -288,12 +288,12 @@ def _keep(state: _State, curve: list[EpochResult], out_dir: Path) -> None:
         f"gender accuracy {row.val_gender_accuracy:.2%}"
     )
     if row.score <= min(each.score for each in curve):
-        _save(state.ema.module.state_dict(), out_dir / BEST)
-    _save({"state": state.state_dict(), "curve": [asdict(each) for each in curve]}, out_dir / _LAST)
+        save_whole(state.ema.module.state_dict(), out_dir / BEST)
+    save_whole({"state": state.state_dict(), "curve": [asdict(each) for each in curve]}, out_dir / _LAST)
 
 
-def _save(value: object, path: Path) -> None:
-    """Writes beside and renames, so that a kill leaves the old checkpoint or the new one."""
+def save_whole(value: object, path: Path) -> None:
+    """torch.save beside and a rename, so that a kill leaves the old file or the new one."""
     temporary = path.with_suffix(".tmp")
     torch.save(value, temporary)
     os.replace(temporary, path)

@@ -22,7 +22,7 @@ from training.calibrate import COVERAGE, calibrate
 from training.data import Rejected
 from training.dataset import ARTIFACT, Faces, load_faces, splits_path, write_splits
 from training.deploy import Deployed, check_precision
-from training.distill import average, teacher_probs
+from training.distill import taught
 from training.evaluate import evaluate, predict_chips
 from training.export import export
 from training.face_resnet import FaceResNet, standardize
@@ -156,8 +156,7 @@ def _targets(faces: Faces, options: TrainOptions, device: torch.device) -> Targe
     targets = label_targets([s.labels.age_years for s in samples], [s.labels.gender for s in samples])
     if not options.teacher:
         return targets
-    taught = average([teacher_probs(run, samples, options.cache_dir, device) for run in options.teacher])
-    return targets.mixed(taught, options.teacher_weight)
+    return targets.mixed(taught(options.teacher, samples, options, device), options.teacher_weight)
 
 
 def _finish(network: Network, faces: Faces, options: TrainOptions) -> Path:
