@@ -17,7 +17,7 @@ from urllib3.connectionpool import ConnectionPool
 from agegender.errors import ServerError
 from agegender.predictor import FacesMode
 from agegender.records import from_json
-from agegender.result import ImageResult, Item
+from agegender.result import ImageResult, Item, as_items
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -89,9 +89,10 @@ class Client:
             One result per item, in order.
 
         Raises:
+            TypeError: one item was given instead of several.
             ServerError: the server cannot be reached, refuses the token, or is out of order.
         """
-        return [self._predict(item if isinstance(item, Item) else Item(item)) for item in items]
+        return [self._predict(item) for item in as_items(items)]
 
     def close(self) -> None:
         """Closes the connections."""

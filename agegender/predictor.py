@@ -17,7 +17,7 @@ from agegender.detector import DETECTOR_SIDE_PX, Face, FaceDetector
 from agegender.errors import AgeGenderError
 from agegender.image import DEFAULT_MAX_PIXELS, Pixels, read_header
 from agegender.model import DEFAULT_MODEL, Model
-from agegender.result import Box, FacePrediction, ImageResult, Item
+from agegender.result import Box, FacePrediction, ImageResult, Item, as_items
 
 __all__ = ["FacesMode", "Predictor"]
 
@@ -112,12 +112,10 @@ class Predictor:
 
     def stream(self, items: Iterable[Item | bytes]) -> Iterator[ImageResult]:
         """Like `predict`, but yields results as batches of chips fill, with bounded memory."""
-        if isinstance(items, bytes | bytearray | str):  # each of its elements would become an item
-            raise TypeError("items must be a list of encoded images; put a single one into a list")
         pending: list[_Cut] = []
         waiting = 0
-        for item in items:
-            pending.append(self._cut(item if isinstance(item, Item) else Item(item)))
+        for item in as_items(items):
+            pending.append(self._cut(item))
             waiting += len(pending[-1].chips)
             if waiting >= self.batch_size or len(pending) >= 4 * self.batch_size:
                 yield from self._predict(pending)

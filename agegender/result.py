@@ -1,10 +1,11 @@
 """predictions -> results: what the chain says of one input."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from agegender.errors import AgeGenderError, ImageTooLargeError
 
-__all__ = ["Box", "FacePrediction", "ImageResult", "Item"]
+__all__ = ["Box", "FacePrediction", "ImageResult", "Item", "as_items"]
 
 Box = tuple[float, float, float, float]
 
@@ -15,6 +16,17 @@ class Item:
 
     data: bytes
     path: str = ""
+
+
+def as_items(items: Iterable[Item | bytes]) -> Iterator[Item]:
+    """Makes items of bare bytes.
+
+    Raises:
+        TypeError: one input was given instead of several; each of its bytes would become an item.
+    """
+    if isinstance(items, bytes | bytearray | str):
+        raise TypeError("items must be a list of encoded images; put a single one into a list")
+    return (item if isinstance(item, Item) else Item(item) for item in items)
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,14 @@ def test_results_carry_the_paths_of_their_items_over_one_connection(scripted: An
     assert client.about["version"] == "1"
 
 
+@pytest.mark.parametrize("items", [b"bytes of one image", "path.jpg", Item(b"x")])
+def test_a_single_item_is_no_list(items: Any, scripted: Any, connect: Any) -> None:
+    script = scripted()
+    with pytest.raises(TypeError):
+        connect(script).predict(items)
+    assert script.requests == []
+
+
 def test_options_and_key_are_sent(scripted: Any, connect: Any) -> None:
     script = scripted((200, ANSWER))
     connect(script, faces="whole", min_score=0.5, max_faces=7).predict([b"1"])
