@@ -1,5 +1,6 @@
-"""image + result -> pictures for people: boxes with age, interval and gender, legible on light and dark; faces alone."""
+"""image + result -> pictures for people: boxes with age and gender, legible on light and dark; faces alone."""
 
+from collections.abc import Sequence
 from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
@@ -32,9 +33,10 @@ def annotate(pixels: Pixels, result: ImageResult) -> Image.Image:
         colour = _COLOURS.get(face.gender, "#444444")
         draw.rectangle(face.box, outline="white", width=line_px + 2)
         draw.rectangle(face.box, outline=colour, width=line_px)
+    labels: list[Box] = []
     for face in result.faces:
         lines = f"{face.gender} {face.gender_probability:.0%}\n{face.age:.0f} ({face.age_low:.0f}-{face.age_high:.0f})"
-        _label(draw, face, lines, font, image.size)
+        labels.append(_label(draw, face, lines, font, image.size, labels))
     return image
 
 
@@ -62,11 +64,29 @@ def _label(
     text: str,
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
     size: tuple[int, int],
-) -> None:
-    """White text on the class's colour, below the box or as near as the frame allows."""
+    others: Sequence[Box],
+) -> Box:
+    """White text on the class's colour; returns where it is."""
     left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=font, spacing=2)
-    width, height = right - left + 8, bottom - top + 8
-    x = min(max(0, face.box[0]), max(0, size[0] - width))
-    y = min(max(0, face.box[3]), max(0, size[1] - height))
-    draw.rectangle((x, y, x + width, y + height), fill=_COLOURS.get(face.gender, "#444444"))
+    x, y, *end = _place(face.box, (right - left + 8, bottom - top + 8), size, others)
+    draw.rectangle((x, y, *end), fill=_COLOURS.get(face.gender, "#444444"))
     draw.multiline_text((x + 4 - left, y + 4 - top), text, font=font, fill="white", spacing=2)
+    return (x, y, end[0], end[1])
+
+
+def _place(box: Box, label: tuple[float, float], size: tuple[int, int], others: Sequence[Box]) -> Box:
+    """Below the box, else above it, beside it, or wherever it lies on no other label; always inside the frame."""
+    x1, y1, x2, y2 = box
+    width, height = label
+    wanted = ((x1, y2), (x1, y1 - height), (x2, y1), (x1 - width, y1), (x2, y2), (x1 - width, y2), (x2, y1 - height))
+    places = [
+        (x, y, x + width, y + height)
+        for x, y in (
+            (min(max(0, x), max(0, size[0] - width)), min(max(0, y), max(0, size[1] - height))) for x, y in wanted
+        )
+    ]
+    return next((place for place in places if not any(_overlap(place, other) for other in others)), places[0])
+
+
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -11,6 +11,7 @@ __all__ = ["AGE_END_YEARS", "age_scale", "bars", "histogram"]
 
 AGE_END_YEARS: Final = 116  # the oldest in the training data, as the network's last bin
 GENDER_COLOURS: Final = {"male": "#4a86f7", "female": "#d6498f"}  # legible on white and on near black
+_ACCENT: Final = GENDER_COLOURS["male"]
 _NEUTRAL: Final = "#7a8699"
 _HEIGHT_PX: Final = 260
 _SCALE_HEIGHT_PX: Final = 44
@@ -20,7 +21,6 @@ def age_scale(face: FacePrediction) -> alt.LayerChart:
     """One face's age as a point and its interval as a bar, on a scale from 0 to 116 years."""
     values = {"start": 0, "end": AGE_END_YEARS, "low": face.age_low, "high": face.age_high, "age": face.age}
     base = alt.Chart(pd.DataFrame([values]), height=_SCALE_HEIGHT_PX)
-    colour = GENDER_COLOURS.get(face.gender, _NEUTRAL)
     axis = alt.Axis(
         values=[0, 20, 40, 60, 80, 100, AGE_END_YEARS],
         title=None,
@@ -33,7 +33,7 @@ def age_scale(face: FacePrediction) -> alt.LayerChart:
     track = base.mark_bar(size=6, cornerRadius=3, color=_NEUTRAL, opacity=0.25).encode(
         alt.X("start", scale=scale, axis=axis), alt.X2("end")
     )
-    interval = base.mark_bar(size=6, cornerRadius=3, color=colour, opacity=0.55).encode(
+    interval = base.mark_bar(size=6, cornerRadius=3, color=_ACCENT, opacity=0.5).encode(
         alt.X("low", scale=scale, axis=axis), alt.X2("high")
     )
     tooltip = [
@@ -41,7 +41,7 @@ def age_scale(face: FacePrediction) -> alt.LayerChart:
         alt.Tooltip("low", title="from", format=".1f"),
         alt.Tooltip("high", title="to", format=".1f"),
     ]
-    point = base.mark_circle(size=110, color=colour, opacity=1).encode(alt.X("age", scale=scale), tooltip=tooltip)
+    point = base.mark_circle(size=110, color=_ACCENT, opacity=1).encode(alt.X("age", scale=scale), tooltip=tooltip)
     return track + interval + point
 
 
@@ -61,7 +61,7 @@ def histogram(bins: pd.DataFrame, *, title: str, split: str | None = None) -> al
             legend=alt.Legend(orient="top"),
         )
         if split
-        else alt.value(GENDER_COLOURS["male"])
+        else alt.value(_ACCENT)
     )
     tooltip = [alt.Tooltip("start", title="from"), alt.Tooltip("end", title="to"), alt.Tooltip("count", format=",")]
     return (
@@ -89,7 +89,7 @@ def bars(counts: pd.DataFrame, *, title: str, horizontal: bool = False) -> alt.C
     numbers = alt.X if horizontal else alt.Y
     return (
         alt.Chart(counts, height=_HEIGHT_PX)
-        .mark_bar(color=GENDER_COLOURS["male"])
+        .mark_bar(color=_ACCENT, size=20)
         .encode(
             names("name:N", sort=None, title=None if horizontal else title, axis=alt.Axis(labelAngle=0)),
             numbers("count:Q", title="images", axis=alt.Axis(tickMinStep=1, format="~s")),

@@ -34,19 +34,20 @@ _SORT_NAMES: Final = {
     "path": "path",
 }
 _COLUMNS: Final = {
-    "path": st.column_config.TextColumn("path", width="large"),
+    "file": st.column_config.TextColumn("file", width="medium"),
     "status": st.column_config.TextColumn("status", width="small"),
     "age": st.column_config.NumberColumn("age", format="%.1f", width="small"),
     "age_low": st.column_config.NumberColumn("from", format="%.0f", width="small"),
     "age_high": st.column_config.NumberColumn("to", format="%.0f", width="small"),
     "gender": st.column_config.TextColumn("gender", width="small"),
-    "gender_probability": st.column_config.ProgressColumn("probability", format="percent", min_value=0, max_value=1),
+    "gender_probability": st.column_config.ProgressColumn("probability", format="%.2f", min_value=0, max_value=1),
     "score": st.column_config.NumberColumn("score", format="%.2f", width="small"),
     "face": st.column_config.NumberColumn("face", width="small"),
     "faces": st.column_config.NumberColumn("of", width="small"),
     "width": st.column_config.NumberColumn("width", format="%d px", width="small"),
     "height": st.column_config.NumberColumn("height", format="%d px", width="small"),
-    "error": st.column_config.TextColumn("error", width="large"),
+    "error": st.column_config.TextColumn("error", width="medium"),
+    "path": st.column_config.TextColumn("path", width="large"),
 }
 
 
@@ -112,34 +113,35 @@ def _show_totals(scores: Scores) -> None:
     figures = {
         "Images": total,
         "Faces": scores.faces,
-        "Images with a face": with_face,
-        "Images without": without,
+        "With a face": with_face,
+        "Without a face": without,
         "Failed": total - with_face - without,
+        "Median age": scores.median_age,
     }
-    with st.grid(len(figures), min_column_width=140):
-        for label, count in figures.items():
-            st.metric(label, f"{count:,}", border=True)
+    with st.grid(len(figures), min_column_width=130):
+        for label, figure in figures.items():
+            st.metric(label, "-" if figure is None else f"{figure:,.0f}", border=True)
 
 
 def _show_charts(scores: Scores) -> None:
-    with st.grid(2, min_column_width=_CHART_PX) as grid:
-        with grid.cell(), st.container(border=True):
+    with st.grid(2, min_column_width=_CHART_PX, border=True) as grid:
+        with grid.cell():
             _show_ages(scores)
-        with grid.cell(), st.container(border=True):
+        with grid.cell():
             st.markdown("**Width of the age interval**")
             edges = np.arange(0, AGE_END_YEARS + 4, 4)
             st.altair_chart(histogram(_bins(scores.interval_widths, edges), title="width, years"))
-        with grid.cell(), st.container(border=True):
+        with grid.cell():
             st.markdown("**Outcome of each image**")
             st.altair_chart(bars(_frame(scores.statuses), title="outcome", horizontal=True))
-        with grid.cell(), st.container(border=True):
+        with grid.cell():
             st.markdown("**Faces in each image**")
             st.altair_chart(bars(_frame(_capped(scores.faces_per_image)), title="faces"))
 
 
 def _show_ages(scores: Scores) -> None:
     with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
-        st.markdown("**Perceived age by perceived gender**", width="content")
+        st.markdown("**Age by gender**", width="content")
         years = st.segmented_control(
             "Bin width",
             [1, 2, 5, 10],
@@ -186,40 +188,50 @@ def _show_rows(scores: Scores) -> None:
     shown = numbers[(page - 1) * _ROWS_PER_PAGE : page * _ROWS_PER_PAGE]
     table = scores.rows(shown)
     event = st.dataframe(
-        table,
+        table.append_column("file", _file_names(table)),
         height=min(_TABLE_PX, 40 + 35 * len(shown)),
         hide_index=True,
         column_order=list(_COLUMNS),
         column_config=_COLUMNS,
         on_select="rerun",
         selection_mode="multi-row",
+        placeholder="",
         key=f"rows-{page}-{hash(selection)}",
     )
     chosen = list(event.selection.rows)
     _show_export(scores, shown[chosen] if chosen else numbers, chosen=bool(chosen), total=len(scores))
-    _show_gallery(table.take(chosen).to_pylist())
+    _show_gallery(table.take(pa.array(chosen, pa.int64())).to_pylist())
+
+
+def _file_names(table: pa.Table) -> pa.Array:
+    """The ends of paths, whose beginnings mostly are the same."""
+    return pa.array([path.rpartition("/")[2] for path in table["path"].to_pylist()], pa.string())
 
 
 def _choose_selection(scores: Scores) -> Selection:
-    with st.grid(4, min_column_width=200):
+    with st.grid(4, min_column_width=150):
         statuses = st.multiselect("Status", list(scores.statuses), placeholder="all", key="statuses")
         genders = st.multiselect("Gender", scores.genders, placeholder="all", key="genders")
         ages = st.slider("Age", 0, AGE_END_YEARS, (0, AGE_END_YEARS), key="ages")
         least = st.slider("Gender probability from", 50, 100, 50, format="%d%%", key="least_probability")
         path_part = st.text_input("Path contains", key="path_part")
-        sort_by = st.selectbox("Sort by", ["", *SORTABLE], format_func=_SORT_NAMES.get, key="sort_by")
-        descending = st.segmented_control(
-            "Order", [False, True], default=False, required=True, format_func=_order_name, key="descending"
-        )
+        least_score = st.slider("Detector score from", 0.0, 1.0, 0.0, 0.05, key="least_score")
+        sort_by = st.selectbox("Sort by", ["", *SORTABLE], format_func=_sort_name, key="sort_by")
+        descending = st.selectbox("Order", [False, True], format_func=_order_name, key="descending")
     return Selection(
         statuses=tuple(statuses),
         genders=tuple(genders),
         ages=None if ages == (0, AGE_END_YEARS) else ages,
         least_probability=0.0 if least == 50 else least / 100,
+        least_score=least_score,
         path_part=path_part or "",
-        sort_by=sort_by,
+        sort_by=sort_by or "",
         descending=bool(descending),
     )
+
+
+def _sort_name(name: str) -> str:
+    return _SORT_NAMES[name]
 
 
 def _order_name(descending: bool) -> str:

@@ -34,6 +34,7 @@ class Selection:
         genders: those of these genders; all if empty.
         ages: least and largest age in years; None for all rows, also those without a face.
         least_probability: of the gender, 0 for all rows, also those without a face.
+        least_score: of the detector, 0 for all rows.
         path_part: what the path contains, whatever the case of its letters.
         sort_by: one of `SORTABLE`, or empty for the order of the files.
         descending: the largest first.
@@ -43,6 +44,7 @@ class Selection:
     genders: tuple[str, ...] = ()
     ages: tuple[float, float] | None = None
     least_probability: float = 0.0
+    least_score: float = 0.0
     path_part: str = ""
     sort_by: str = ""
     descending: bool = False
@@ -102,6 +104,12 @@ class Scores:
         """Number of faces."""
         return len(self) - self._narrow["age"].null_count
 
+    @property
+    def median_age(self) -> float | None:
+        """Of all faces, years; None where there is no face."""
+        median: float | None = pc.quantile(self._narrow["age"], 0.5)[0].as_py()
+        return median
+
     def ages(self, gender: str) -> npt.NDArray[np.float32]:
         """Ages in years of all faces of a gender."""
         return _values(self._narrow["age"].filter(pc.equal(self._narrow["gender"], gender)))
@@ -142,8 +150,9 @@ class Scores:
         if wanted.ages:
             age = self._narrow["age"]
             masks += [pc.greater_equal(age, wanted.ages[0]), pc.less_equal(age, wanted.ages[1])]
-        if wanted.least_probability:
-            masks.append(pc.greater_equal(self._narrow["gender_probability"], wanted.least_probability))
+        for name, least in (("gender_probability", wanted.least_probability), ("score", wanted.least_score)):
+            if least:
+                masks.append(pc.greater_equal(self._narrow[name], least))
         if wanted.path_part:
             masks.append(pc.match_substring(self._column("path"), wanted.path_part, ignore_case=True))
         return masks

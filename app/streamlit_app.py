@@ -17,10 +17,13 @@ except ModuleNotFoundError as error:
 from agegender.image import quiet_pillow
 from agegender.model import DEFAULT_MODEL
 
+_ICON = Path(__file__).with_name("icon.svg")
+
 
 def main() -> None:
     """Lays out what both pages share and shows the chosen one."""
-    st.set_page_config(page_title="agegender", page_icon=":material/familiar_face_and_zone:", layout="wide")
+    # A file of ours: browsers fetch emoji and Material icons of a page from elsewhere.
+    st.set_page_config(page_title="agegender", page_icon=str(_ICON), layout="wide")
     quiet_pillow()
     try:
         options = _options()

@@ -15,9 +15,9 @@ from app.hints import hints_of, is_undecided, sharpness
 __all__ = ["Portrait", "View", "show_card", "show_view"]
 
 _FACE_PX: Final = 96
-_PHOTO_PX: Final = (1600, 1200)  # twice of what is shown, for screens of high density
-_SHOWN_HEIGHT_PX: Final = 520
-_SHOWN_WIDTH_PX: Final = 800
+_PHOTO_PX: Final = (1920, 1120)  # twice of what is shown, for screens of high density
+_SHOWN_HEIGHT_PX: Final = 560
+_SHOWN_WIDTH_PX: Final = 960
 _CARD_PX: Final = 300
 _CARDS_AT_ONCE: Final = 12
 
@@ -105,6 +105,7 @@ def show_view(view: View, *, key: str, least_probability: float) -> None:
 
 
 def _show_photo(view: View) -> None:
+    assert view.photo
     st.image(view.photo, width=view.size[0], alt=f"{view.result.path} with {len(view.portraits)} marked faces")
 
 
@@ -127,7 +128,7 @@ def _show_cards(portraits: tuple[Portrait, ...], key: str, least_probability: fl
 def show_card(portrait: Portrait, least_probability: float) -> None:
     """Face, age with its interval, gender with its probability, score, and what speaks against them."""
     face = portrait.face
-    with st.container(border=True):
+    with st.container(border=True, gap="xsmall"):
         with st.container(horizontal=True, vertical_alignment="center"):
             st.image(portrait.picture, width=_FACE_PX, alt=f"face {face.index + 1}")
             with st.container(gap="xxsmall", width="stretch"):
