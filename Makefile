@@ -14,7 +14,7 @@ DATA ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup batch report train evaluate archive serve stop stubs test test-slow check format lock clean
+.PHONY: help setup app batch report train evaluate archive serve stop stubs screenshots test test-slow check format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
@@ -29,6 +29,13 @@ $(READY): requirements.txt pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@java=$$($(BIN)/python -m handler java) && ln -sf "$$java" $(BIN)/java
 	@touch $@
+
+app: $(READY) examples/photos ## Open the app in a browser: OUT=DIR MODEL=FILE
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the app needs Python 3.11 or newer; try make clean, then make app PYTHON=python3.12")'
+	@$(BIN)/python -m streamlit run app/streamlit_app.py $(ARGS) -- --model "$(MODEL)" --out "$(or $(OUT),examples/out)"
+
+examples/photos: | $(READY)
+	@$(BIN)/python -c "from pathlib import Path; from batch.samples import write_samples; write_samples(Path('$@'))"
 
 batch: $(READY) ## Score a directory of images into Parquet: SRC=DIR OUT=DIR FACES=detect|whole MODEL=FILE
 	@$(BIN)/python -m batch $(if $(SRC),"$(SRC)" "$(or $(OUT),out)",--samples examples/photos "$(or $(OUT),examples/out)") \
@@ -58,6 +65,9 @@ stop: $(READY) ## Let running requests finish, then stop the server
 
 stubs: $(READY) ## Build the Python stubs of the gRPC API into build/grpc
 	@$(BIN)/python -m handler stubs
+
+screenshots: $(READY) ## Take the README's pictures of the app anew, with Chromium
+	@SCREENSHOTS=docs/figures $(BIN)/python -m pytest tests/test_app_browser.py -k screenshots $(ARGS)
 
 test: $(READY) ## Run the tests (under ten minutes on two cores)
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
