@@ -13,6 +13,7 @@ from typing import Any, Final, cast
 import ray
 from ray.data import ActorPoolStrategy, DataContext
 from ray.data.checkpoint import CheckpointConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batch.engine import worker_count
 from batch.errors import JobError
@@ -49,7 +50,8 @@ def score_manifest(
     Raises:
         JobError: the job cannot go on.
     """
-    tally = _RemoteTally(ray.remote(num_cpus=0)(Tally).remote())
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lives as long as we do
+    tally = _RemoteTally(ray.remote(num_cpus=0, scheduling_strategy=here)(Tally).remote())
     pipeline = _Pipeline(output, options, model, resources, tally)
     pipeline.start()
     while pipeline.is_alive():

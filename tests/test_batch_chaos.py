@@ -3,13 +3,16 @@
 import contextlib
 import os
 import random
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -123,9 +126,9 @@ def test_the_driver_killed_at_20_random_moments(
     assert not (out / "_run").exists()
 
 
-def scorers(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def scorers(root: int) -> list[psutil.Process]:
     found = []
-    for child in psutil.Process(driver.pid).children(recursive=True):
+    for child in psutil.Process(root).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
             if "Scorer" in " ".join(child.cmdline()):
                 found.append(child)
@@ -142,7 +145,7 @@ def test_workers_killed_while_they_score(
         wait_for_a_part(process, out)
         if process.poll() is not None:
             break
-        for victim in scorers(process)[:1]:
+        for victim in scorers(process.pid)[:1]:
             victim.kill()
             killed += 1
     assert process.wait(TIMEOUT_S) == 0
@@ -207,3 +210,44 @@ def test_parts_that_a_power_cut_has_damaged_are_done_again(
     shutil.copy(parts[4], parts[4].with_name("stray-0.parquet"))
     assert finish(chips, out).returncode == 0
     assert outcomes(out).equals(unbroken)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray cluster of three nodes on this machine, which the environment names."""
+    for name, value in {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    from ray.cluster_utils import Cluster
+
+    folder = tempfile.mkdtemp(prefix="ray-")  # short, since it holds sockets
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": folder}
+    )
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=3)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        yield cluster
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_node_of_a_cluster_killed_midway(
+    chips: Path, unbroken: pa.Table, tmp_path: Path, start: Callable[..., subprocess.Popen[bytes]], cluster: Any
+) -> None:
+    out = tmp_path / "out"
+    process = start(chips, out)
+
+    def busy() -> list[Any]:
+        raylets = {node: node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes}
+        return [node for node, raylet in raylets.items() if scorers(raylet)]
+
+    assert wait_for(lambda: process.poll() is not None or (committed(out) > 4 and bool(busy())))
+    assert process.poll() is None
+    cluster.remove_node(busy()[0], allow_graceful=False)
+    assert process.wait(TIMEOUT_S) == 0
+    assert outcomes(out).equals(unbroken)
+    assert "Nothing to do" in finish(chips, out).stdout
