@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import streamlit as st
 
 from app.charts import AGE_END_YEARS, bars, histogram
-from app.errors import show_error
 from app.gallery import FaceError, cut_row
+from app.messages import show_error
 from app.scores import INTERVAL_WIDTH, SORTABLE, Rows, Scores, Selection
 from app.try_page import to_csv
 from batch.errors import OutputError

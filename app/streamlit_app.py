@@ -1,6 +1,7 @@
 """The app's entry: `python -m streamlit run app/streamlit_app.py`, which is what `make app` runs."""
 
 import argparse
+import logging
 from pathlib import Path
 
 import streamlit as st
@@ -25,6 +26,7 @@ def main() -> None:
     # A file of ours: browsers fetch emoji and Material icons of a page from elsewhere.
     st.set_page_config(page_title="agegender", page_icon=str(_ICON), layout="wide")
     quiet_pillow()
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # what its retries end in is shown on the page
     try:
         options = _options()
     except SystemExit:  # argparse has said why, in the log

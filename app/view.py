@@ -11,6 +11,7 @@ from agegender import FacePrediction, ImageResult, decode_image
 from agegender.draw import annotate, cut_face
 from app.charts import age_scale
 from app.hints import hints_of, is_undecided, sharpness
+from app.messages import plain, sentence
 
 __all__ = ["Portrait", "View", "show_card", "show_view"]
 
@@ -88,9 +89,11 @@ def show_view(view: View, *, key: str, least_probability: float) -> None:
         least_probability: a gender below is called undecided.
     """
     if view.photo is None:
-        st.error(f"**{_plain(view.result.path)}**: {view.result.error}.", icon=":material/broken_image:")
+        st.error(
+            f"**{plain(view.result.path)}**: {plain(sentence(view.result.error or ''))}", icon=":material/broken_image:"
+        )
         return
-    st.subheader(_plain(view.result.path), anchor=False)
+    st.subheader(plain(view.result.path), anchor=False)
     st.caption(_summary(view.result))
     if len(view.portraits) in (1, 2):
         with st.container(horizontal=True, gap="medium"):
@@ -142,8 +145,3 @@ def show_card(portrait: Portrait, least_probability: float) -> None:
             st.caption(f"detector score {face.score:.2f}")
         for hint in hints_of(face, portrait.sharpness):
             st.caption(f":orange[:material/warning: {hint}]")
-
-
-def _plain(text: str) -> str:
-    """Names of files are no Markdown."""
-    return "".join(f"\\{each}" if each in r"\`*_{}[]<>()#+-.!|$:~" else each for each in text if each.isprintable())

@@ -1,0 +1,26 @@
+"""How text that is not ours is shown: errors as one sentence, names of files as they are."""
+
+from typing import Final
+
+import streamlit as st
+
+__all__ = ["plain", "sentence", "show_error"]
+
+_MARKDOWN: Final = frozenset(r"\`*_{}[]<>()#+-.!|$:~&")
+
+
+def plain(text: str) -> str:
+    """Text of elsewhere, which is no Markdown and may hold what cannot be printed."""
+    return "".join(f"\\{each}" if each in _MARKDOWN else each for each in text if each.isprintable())
+
+
+def sentence(text: str) -> str:
+    """The text with a capital, unless it begins with a name, and a full stop."""
+    begins = text.partition(" ")[0]
+    capital = text[:1].upper() if begins.isalpha() else text[:1]
+    return f"{capital}{text[1:]}" + ("" if text.endswith((".", "?", "!")) else ".")
+
+
+def show_error(error: Exception) -> None:
+    """The error's own sentence on the page."""
+    st.error(plain(sentence(str(error))), icon=":material/error:")

@@ -1,0 +1,376 @@
+"""The app's logic: what its pages say of good and bad input, and what they read of an output."""
+
+import io
+import re
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageFilter
+
+from agegender import FacePrediction, ImageResult, Item, Predictor, decode_image
+from agegender.draw import cut_face
+from agegender.records import arrow_schema, arrow_table
+from batch.errors import OutputError
+
+pytest.importorskip("streamlit", reason="the app needs Python 3.11 or newer")
+
+from streamlit.testing.v1 import AppTest
+
+from app.gallery import FaceError, cut_row
+from app.hints import SMALL_PX, hints_of, is_undecided, sharpness
+from app.scores import INTERVAL_WIDTH, Scores, Selection
+
+ROOT = Path(__file__).parent.parent
+FACE = FacePrediction(0, (10.0, 10.0, 110.0, 130.0), 0.9, 34.4, 27.6, 41.2, "female", 0.83)
+
+Start = Callable[..., AppTest]
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Start:
+    """start(*arguments) -> the whole app on its first page."""
+
+    def start_(*arguments: str) -> AppTest:
+        monkeypatch.setattr(sys, "argv", ["streamlit_app.py", *arguments])
+        return AppTest.from_file(str(ROOT / "app" / "streamlit_app.py"), default_timeout=120).run()
+
+    return start_
+
+
+@pytest.fixture
+def results_page() -> Callable[[Path], AppTest]:
+    """results_page(directory) -> the page about that output."""
+
+    def page(out: str) -> None:
+        from app import results_page
+
+        results_page.show(out)
+
+    return lambda out: AppTest.from_function(page, args=(str(out),), default_timeout=120).run()
+
+
+@pytest.fixture
+def out(tmp_path: Path, predictor: Predictor, group_jpeg: bytes, grace_hopper: bytes, blank_png: bytes) -> Path:
+    """An output on images that lie beside it: three faces in two images, one without a face, one broken."""
+    images = {
+        "group.jpg": group_jpeg,
+        "grace.jpg": grace_hopper,
+        "blank.png": blank_png,
+        "broken.jpg": group_jpeg[:5000],
+    }
+    for name, data in images.items():
+        (tmp_path / name).write_bytes(data)
+    results = predictor.predict([Item(data, str(tmp_path / name)) for name, data in images.items()])
+    directory = tmp_path / "out"
+    directory.mkdir()
+    pq.write_table(arrow_table(results[:2]), directory / "faces-00000000-00000.parquet")
+    pq.write_table(arrow_table(results[2:]), directory / "faces-00000000-00001.parquet")
+    return directory
+
+
+def give(app: AppTest, *files: tuple[str, bytes]) -> AppTest:
+    """Uploads files as names and contents."""
+    return app.file_uploader[0].set_value([(name, data, "application/octet-stream") for name, data in files]).run()
+
+
+def texts(elements: Sequence[Any]) -> list[str]:
+    return [element.value for element in elements]
+
+
+def shown(elements: Sequence[Any]) -> list[str]:
+    """Texts as the page shows them."""
+    return [re.sub(r"\\(?=[^\w\s])", "", element.value) for element in elements]
+
+
+def ages(app: AppTest) -> list[str]:
+    """What the cards say, in order."""
+    return [text.removeprefix("### ") for text in texts(app.markdown) if text.startswith("### ")]
+
+
+class TestTryIt:
+    def test_cards_say_what_the_predictor_says(self, start: Start, predictor: Predictor, group_jpeg: bytes) -> None:
+        app = give(start(), ("group.jpg", group_jpeg))
+        faces = predictor.predict([group_jpeg])[0].faces
+        assert len(faces) == 2
+        assert not app.exception
+        assert not app.error
+        assert ages(app) == [f"{face.age:.0f} years" for face in faces]
+        captions = texts(app.main.caption)
+        for face in faces:
+            assert f"between {face.age_low:.0f} and {face.age_high:.0f}" in captions
+            assert f"detector score {face.score:.2f}" in captions
+        assert len(app.get("progress")) == 2
+        assert len(app.get("vega_lite_chart")) == 2
+
+    def test_the_sidebar_describes_the_artifact(self, start: Start, predictor: Predictor) -> None:
+        app = start()
+        rows = app.sidebar.table[0].value.iloc[:, -1].astype(str).tolist()
+        spec = predictor.model.spec
+        assert f"`{predictor.model.sha256[:12]}`" in rows
+        assert f"{spec.metrics['gender_accuracy']:.1%}" in rows
+        assert spec.training_data in app.sidebar.caption[-1].value
+
+    @pytest.mark.parametrize(
+        ("data", "says"),
+        [
+            (b"hello", "Not an image of a known format"),
+            (b"", "The file is empty"),
+            (b"\x89PNG\r\n\x1a\n" + bytes(40), "Damaged PNG"),
+        ],
+    )
+    def test_bad_files_are_one_sentence_beside_good_ones(
+        self, start: Start, group_jpeg: bytes, data: bytes, says: str
+    ) -> None:
+        app = give(start(), ("bad[1]*.jpg", data), ("group.jpg", group_jpeg))
+        (error,) = shown(app.error)
+        assert error.startswith("**bad[1]*.jpg**: ")
+        assert says in error
+        assert len(ages(app)) == 2
+        assert not app.exception
+
+    def test_too_many_pixels(self, start: Start, encode: Any) -> None:
+        app = give(start(), ("bomb.png", encode(Image.new("1", (20_000, 20_000)), "PNG")))
+        assert "400.0 megapixels, over the limit of 100" in shown(app.error)[0]
+
+    def test_no_face(self, start: Start, blank_png: bytes) -> None:
+        app = give(start(), ("blank.png", blank_png))
+        assert any("no face found" in text for text in texts(app.caption))
+        assert not ages(app)
+        assert not app.error
+
+    def test_a_later_upload_works_like_the_first_and_nothing_else_is_kept(
+        self, start: Start, group_jpeg: bytes, grace_hopper: bytes
+    ) -> None:
+        app = start()
+        for _ in range(3):
+            assert len(ages(give(app, ("group.jpg", group_jpeg)))) == 2
+            assert len(ages(give(app, ("grace.jpg", grace_hopper)))) == 1
+        assert len(app.session_state["views"]) == 1
+
+    def test_sessions_do_not_see_each_other(self, start: Start, group_jpeg: bytes, grace_hopper: bytes) -> None:
+        one, other = start(), start()
+        give(one, ("group.jpg", group_jpeg))
+        give(other, ("grace.jpg", grace_hopper))
+        assert (len(ages(one.run())), len(ages(other.run()))) == (2, 1)
+
+    def test_many_uploads_are_paged(self, start: Start, blank_png: bytes, group_jpeg: bytes) -> None:
+        app = give(start(), *[(f"{number}.png", blank_png) for number in range(9)], ("last.jpg", group_jpeg))
+        assert not ages(app)
+        app.pagination[0].set_value(2).run()
+        assert len(ages(app)) == 2
+
+    def test_the_threshold_decides_what_is_undecided(
+        self, start: Start, predictor: Predictor, grace_hopper: bytes
+    ) -> None:
+        (face,) = predictor.predict([grace_hopper])[0].faces
+        app = give(start(), ("grace.jpg", grace_hopper))
+        app.slider(key="undecided").set_value(50).run()
+        assert f"**{face.gender}** {face.gender_probability:.0%}" in _progress(app)
+        app.slider(key="undecided").set_value(100).run()
+        assert f"undecided: {face.gender} {face.gender_probability:.0%}" in _progress(app)
+
+    def test_a_missing_model(self, start: Start, tmp_path: Path) -> None:
+        app = start("--model", str(tmp_path / "none.pt"))
+        assert "none.pt" in shown(app.error)[0]
+        assert "make train" in shown(app.error)[0]
+        assert not app.exception
+
+    def test_an_unknown_argument(self, start: Start) -> None:
+        app = start("--colour", "red")
+        assert "argument" in shown(app.error)[0]
+        assert not app.exception
+
+    def test_samples(self, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group_jpeg: bytes) -> None:
+        model = str(ROOT / "model_store" / "agegender.pt")
+        monkeypatch.chdir(tmp_path)
+        app = start("--model", model)
+        app.segmented_control(key="source").set_value("Samples").run()
+        assert "no samples" in app.info[0].value
+        (tmp_path / "examples" / "photos").mkdir(parents=True)
+        (tmp_path / "examples" / "photos" / "group.jpg").write_bytes(group_jpeg)
+        assert len(ages(app.run())) == 2
+
+
+class TestServer:
+    def switch(self, app: AppTest, address: str, token: str = "") -> AppTest:
+        app.segmented_control(key="engine").set_value("TorchServe").run()
+        app.text_input(key="token").set_value(token)
+        return app.text_input(key="address").set_value(address).run()
+
+    def test_a_server_that_is_down(self, start: Start, group_jpeg: bytes) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            address = f"http://127.0.0.1:{free.getsockname()[1]}"
+        app = self.switch(give(start(), ("group.jpg", group_jpeg)), address)
+        assert f"{address} does not answer (connection refused); is it running?" in shown(app.error)[0]
+        app.segmented_control(key="engine").set_value("This process").run()
+        assert not app.error
+        assert len(ages(app)) == 2
+
+    def test_an_address_that_is_none(self, start: Start) -> None:
+        app = self.switch(start(), "localhost:8080")
+        assert "must begin with http://" in shown(app.error)[0]
+
+
+def _progress(app: AppTest) -> list[str]:
+    return [element.proto.text for element in app.get("progress")]
+
+
+class TestResults:
+    def test_totals_and_rows(self, results_page: Callable[[Path], AppTest], out: Path) -> None:
+        app = results_page(out)
+        assert not app.exception
+        figures = {metric.label: metric.value for metric in app.metric}
+        assert {name: figures[name] for name in ("Images", "Faces", "With a face", "Without a face", "Failed")} == {
+            "Images": "4",
+            "Faces": "3",
+            "With a face": "2",
+            "Without a face": "1",
+            "Failed": "1",
+        }
+        assert len(app.dataframe[0].value) == 5
+
+    def test_filters(self, results_page: Callable[[Path], AppTest], out: Path) -> None:
+        app = results_page(out)
+        app.multiselect(key="statuses").set_value(["ok"]).run()
+        assert set(app.dataframe[0].value["status"]) == {"ok"}
+        app.text_input(key="path_part").set_value("GRACE").run()
+        assert list(app.dataframe[0].value["file"]) == ["grace.jpg"]
+        app.text_input(key="path_part").set_value("nowhere").run()
+        assert "No row" in app.info[0].value
+
+    def test_bin_width(self, results_page: Callable[[Path], AppTest], out: Path) -> None:
+        app = results_page(out)
+        app.segmented_control(key="bin_years").set_value(1).run()
+        assert not app.exception
+
+    @pytest.mark.parametrize("name", ["nowhere", "empty", "foreign", "damaged", "file"])
+    def test_what_is_no_output(self, results_page: Callable[[Path], AppTest], tmp_path: Path, name: str) -> None:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "foreign").mkdir()
+        pq.write_table(pa.table({"a": [1]}), tmp_path / "foreign" / "a.parquet")
+        (tmp_path / "damaged").mkdir()
+        (tmp_path / "damaged" / "a.parquet").write_bytes(b"PAR1 no more")
+        (tmp_path / "file").write_text("x")
+        app = results_page(tmp_path / name)
+        assert len(app.error) == 1
+        assert not app.exception
+        assert not app.metric
+
+
+class TestScores:
+    @pytest.fixture
+    def scores(self, out: Path) -> Scores:
+        return Scores(str(out))
+
+    def test_counts(self, scores: Scores) -> None:
+        assert len(scores) == 5
+        assert scores.statuses == {"ok": 2, "no_face": 1, "unreadable": 1}
+        assert scores.faces_per_image == {0: 1, 1: 1, 2: 1}
+        assert sum(len(scores.ages(gender)) for gender in scores.genders) == scores.faces == 3
+        assert (scores.interval_widths > 0).all()
+
+    @pytest.mark.parametrize("descending", [False, True])
+    @pytest.mark.parametrize("column", ["age", INTERVAL_WIDTH, "path"])
+    def test_order_with_what_has_no_value_last(self, scores: Scores, column: str, descending: bool) -> None:
+        table = scores.rows(scores.select(Selection(sort_by=column, descending=descending)))
+        assert table.num_rows == 5
+        rows = table.to_pylist()
+        keys = [
+            row["age_high"] - row["age_low"] if column == INTERVAL_WIDTH and row["age"] else row.get(column)
+            for row in rows
+        ]
+        known = [key for key in keys if key is not None]
+        assert known == sorted(known, reverse=descending)
+        assert keys[: len(known)] == known
+
+    def test_filters_are_taken_together(self, scores: Scores) -> None:
+        everything = scores.rows(scores.select(Selection())).to_pylist()
+        youngest = min(row["age"] for row in everything if row["age"])
+        (row,) = scores.rows(scores.select(Selection(ages=(0, youngest), statuses=("ok",)))).to_pylist()
+        assert row["age"] == youngest
+        assert not len(scores.select(Selection(ages=(0, youngest), statuses=("no_face",))))
+        assert len(scores.select(Selection(least_score=0.99))) == 0
+        assert len(scores.select(Selection(least_probability=0.5))) == 3
+
+    def test_rows_are_the_files_own(self, scores: Scores, out: Path) -> None:
+        table = scores.rows(np.array([4, 0]))
+        files = pa.concat_tables([pq.read_table(path) for path in sorted(out.glob("*.parquet"))])
+        assert table.to_pylist() == files.take(pa.array([4, 0])).to_pylist()
+        assert table.schema.names == arrow_schema().names
+
+    def test_nothing_to_read(self, tmp_path: Path) -> None:
+        with pytest.raises(OutputError, match="holds no Parquet files"):
+            Scores(str(tmp_path))
+
+
+class TestGallery:
+    def test_cuts_the_face_where_the_image_lies(self, out: Path, grace_hopper: bytes) -> None:
+        scores = Scores(str(out))
+        (row,) = scores.rows(scores.select(Selection(path_part="grace"))).to_pylist()
+        face = cut_row(row)
+        whole = cut_face(decode_image(grace_hopper), (row["x1"], row["y1"], row["x2"], row["y2"]))
+        whole.thumbnail(face.size)
+        assert face.size == whole.size
+        difference = np.abs(np.asarray(face, np.int16) - np.asarray(whole, np.int16))
+        assert difference.mean() < 3
+
+    def test_says_what_is_gone(self, out: Path) -> None:
+        scores = Scores(str(out))
+        row = scores.rows(scores.select(Selection(path_part="group"))).to_pylist()[0]
+        with pytest.raises(FaceError, match="the image is gone"):
+            cut_row({**row, "path": str(out / "gone.jpg")})
+        with pytest.raises(FaceError, match="no face"):
+            cut_row({**row, "age": None})
+        (out / "changed.jpg").write_bytes(b"no image any more")
+        with pytest.raises(FaceError, match="cannot be read: not an image"):
+            cut_row({**row, "path": str(out / "changed.jpg")})
+
+
+class TestHints:
+    def test_small_faces(self) -> None:
+        assert hints_of(FACE, 100.0) == []
+        small = replace(FACE, box=(0.0, 0.0, SMALL_PX - 1.0, 60.0))
+        assert hints_of(small, 100.0) == [f"Small: {SMALL_PX - 1} px wide. Below {SMALL_PX} px, errors grow."]
+
+    def test_a_blurred_photograph_gets_the_hint_and_a_sharp_one_does_not(self, grace_hopper: bytes) -> None:
+        result = Predictor(ROOT / "model_store" / "agegender.pt", device="cpu").predict([grace_hopper])[0]
+        pixels = decode_image(grace_hopper)
+        sharp = cut_face(pixels, result.faces[0].box)
+        blurred = sharp.filter(ImageFilter.GaussianBlur(sharp.width / 40))
+        assert hints_of(result.faces[0], sharpness(sharp)) == []
+        assert hints_of(result.faces[0], sharpness(blurred)) == ["Blurred: errors grow."]
+
+    def test_undecided(self) -> None:
+        assert is_undecided(FACE, 0.84)
+        assert not is_undecided(FACE, 0.83)
+
+
+@pytest.mark.parametrize("box", [(10.0, 20.0, 40.0, 60.0), (0.0, 0.0, 200.0, 100.0), (190.0, 90.0, 200.0, 100.0)])
+def test_a_cut_face_is_a_square_that_holds_the_middle_of_its_box(box: tuple[float, float, float, float]) -> None:
+    pixels = np.zeros((100, 200, 3), np.uint8)
+    middle = int((box[1] + box[3]) / 2), int((box[0] + box[2]) / 2)
+    pixels[middle] = 255
+    face = cut_face(pixels, box)
+    assert face.width == face.height
+    assert np.asarray(face).max() == 255
+
+
+def test_the_shown_photograph_is_bounded(encode: Any) -> None:
+    from app.view import View
+
+    large = encode(Image.new("RGB", (6000, 3000), "grey"), "JPEG")
+    view = View.of(
+        large, ImageResult("a.jpg", "ok", None, 6000, 3000, (replace(FACE, box=(100.0, 100.0, 900.0, 900.0)),))
+    )
+    assert view.photo
+    with Image.open(io.BytesIO(view.photo)) as photo:
+        assert max(photo.size) <= 1920
+    assert view.size[0] / view.size[1] == pytest.approx(2, rel=0.01)

@@ -1,0 +1,312 @@
+"""The app as people use it: a real Chromium, the app in a process of its own, and a real TorchServe."""
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from agegender import ImageResult, Item, Predictor
+from agegender.records import arrow_table, from_json, to_json
+from batch.samples import write_samples
+from handler.server import KEY_FILE, Server
+
+pytest.importorskip("streamlit", reason="the app needs Python 3.11 or newer")
+
+from tests.browsing import NO_CHROMIUM, App, alerts, chromium, chromium_path, open_page, running_app, settle, upload
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page
+
+ROOT = Path(__file__).parent.parent
+PICTURES = os.environ.get("SCREENSHOTS")
+
+pytestmark = pytest.mark.skipif(chromium_path() is None, reason=NO_CHROMIUM)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator["Browser"]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
+    """The app; when all tests are done, its log must be clean."""
+    with running_app(tmp_path_factory.mktemp("app") / "app.log") as app:
+        yield app
+        assert app.warnings() == []
+
+
+def out_of(directory: Path, results: list[ImageResult]) -> Path:
+    """An output of the batch job with these results."""
+    directory.mkdir()
+    pq.write_table(arrow_table(results), directory / "faces-00000000-00000.parquet")
+    return directory
+
+
+def assert_cards(page: "Page", result: ImageResult) -> None:
+    """The page shows each face's numbers, as people read them."""
+    main = page.get_by_test_id("stMain")
+    for face in result.faces:
+        main.get_by_role("heading", name=f"{face.age:.0f} years", exact=True).first.wait_for()
+        interval = f"between {face.age_low:.0f} and {face.age_high:.0f}"
+        gender = f"{face.gender} {face.gender_probability:.0%}"
+        for text in (interval, gender, f"detector score {face.score:.2f}"):
+            main.get_by_text(text).first.wait_for()
+
+
+def downloaded(page: "Page", name: str) -> bytes:
+    """What a download button gives."""
+    with page.expect_download() as download:
+        page.get_by_test_id("stMain").get_by_role("button", name=name, exact=True).click()
+    return Path(download.value.path()).read_bytes()
+
+
+def numbers(result: ImageResult) -> list[float]:
+    return [
+        number
+        for face in result.faces
+        for number in (*face.box, face.score or 0, face.age, face.age_low, face.age_high, face.gender_probability)
+    ]
+
+
+def assert_fits(page: "Page") -> None:
+    """Nothing reaches beyond the page's right edge, and no text of a card is cut off."""
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    main = page.evaluate("document.querySelector('[data-testid=stMain]').scrollWidth")
+    assert main <= page.viewport_size["width"]  # type: ignore[index]
+
+
+def choose_row(page: "Page", number: int) -> None:
+    """Ticks a row of the table, counted from 0."""
+    table = page.get_by_test_id("stDataFrame")
+    table.scroll_into_view_if_needed()
+    box = table.bounding_box()
+    assert box
+    page.mouse.click(box["x"] + 17, box["y"] + 35 + 17 + 35 * number)
+
+
+def images_of(area: "Locator") -> list[tuple[int, int]]:
+    """Widths and heights of the decoded images there."""
+    sizes = area.locator("[data-testid=stImage] img").evaluate_all(
+        "all => all.map(i => [i.naturalWidth, i.naturalHeight])"
+    )
+    return [(width, height) for width, height in sizes]
+
+
+def test_uploads_show_the_predictors_numbers(
+    app: App, browser: "Browser", predictor: Predictor, group_jpeg: bytes, astronaut: bytes
+) -> None:
+    """One upload, a second, and a broken one beside them."""
+    group, single = predictor.predict([Item(group_jpeg, "group.jpg"), Item(astronaut, "astronaut.png")])
+    page = open_page(browser, app.address)
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: errors.append(request.url) if app.address not in request.url else None)
+
+    upload(page, ("group.jpg", group_jpeg))
+    assert_cards(page, group)
+    upload(page, ("astronaut.png", astronaut))
+    assert_cards(page, single)
+    assert_cards(page, group)
+
+    upload(page, ("broken.jpg", group_jpeg[:5000]))
+    alerts(page).first.wait_for()
+    assert "broken.jpg: Damaged JPEG image" in alerts(page).inner_text().replace("\n", "")
+    settle(page)
+    assert len(images_of(page.get_by_test_id("stMain"))) == 2 + 3  # two photographs, three faces
+    assert_fits(page)
+
+    records = json.loads(downloaded(page, "JSON"))
+    assert [record["path"] for record in records] == ["group.jpg", "astronaut.png", "broken.jpg"]
+    for record, expected in zip(records, (group, single), strict=False):
+        assert numbers(from_json(record)) == pytest.approx(numbers(expected), rel=1e-5, abs=1e-5)
+    csv = downloaded(page, "CSV").decode().splitlines()
+    assert csv[0].startswith('"path","status"')
+    assert len(csv) == 1 + 4
+    assert [error for error in errors if not error.startswith(("data:", "blob:", "ws:"))] == []
+
+
+def test_an_output_at_the_width_of_a_phone(
+    app: App, browser: "Browser", predictor: Predictor, grace_hopper_path: Path, group_jpeg: bytes, tmp_path: Path
+) -> None:
+    paths = [str(grace_hopper_path), str(tmp_path / "gone.jpg")]
+    results = predictor.predict([Item(grace_hopper_path.read_bytes(), paths[0]), Item(group_jpeg, paths[1])])
+    out = out_of(tmp_path / "out", results)
+    page = open_page(browser, f"{app.address}/results", width_px=390, dark=True)
+    page.get_by_role("textbox", name="Output directory").fill(str(out))
+    page.keyboard.press("Enter")
+    page.get_by_test_id("stMetric").filter(has_text="Faces").get_by_text("3", exact=True).wait_for()
+    settle(page)
+    assert_fits(page)
+    choose_row(page, 0)
+    page.get_by_test_id("stMain").locator("[data-testid=stImage] img").wait_for()
+    choose_row(page, 1)
+    alerts(page).first.wait_for()
+    settle(page)
+    assert len(images_of(page.get_by_test_id("stMain"))) == 1
+    assert "gone.jpg: the image is gone" in page.get_by_test_id("stMain").inner_text()
+    exported = downloaded(page, "Parquet")
+    assert pq.read_table(io.BytesIO(exported)).column("path").to_pylist() == paths
+
+
+def test_the_same_numbers_from_a_server(
+    app: App, browser: "Browser", server: Server, predictor: Predictor, group_jpeg: bytes
+) -> None:
+    """By its key file and by a typed token; an old token is said to be one."""
+    (expected,) = predictor.predict([group_jpeg])
+    page = open_page(browser, app.address)
+    page.get_by_test_id("stSidebar").get_by_text("TorchServe", exact=True).click()
+    enter(page, "Address", server.settings["inference_address"])
+    enter(page, "Key file", str(server.directory / KEY_FILE))
+    upload(page, ("group.jpg", group_jpeg))
+    assert_cards(page, expected)
+    assert predictor.model.sha256[:12] in page.get_by_test_id("stSidebar").inner_text()
+    enter(page, "Token", "of-yesterday")
+    alerts(page).get_by_text("refuses the token").wait_for()
+    enter(page, "Token", server.key("inference"))
+    assert_cards(page, expected)
+    assert alerts(page).count() == 0
+
+
+def enter(page: "Page", label: str, text: str) -> None:
+    """Types into a field of the sidebar."""
+    page.get_by_role("textbox", name=label, exact=True).fill(text)
+    page.keyboard.press("Enter")
+    settle(page)
+
+
+@pytest.mark.slow
+def test_the_camera(app: App, browser: "Browser") -> None:
+    """Chromium's test picture has no face."""
+    page = open_page(browser, app.address)
+    page.get_by_text("Camera", exact=True).click()
+    page.get_by_role("button", name="Take Photo").click()
+    page.get_by_text("no face found").wait_for()
+
+
+@pytest.mark.slow
+def test_two_sessions_at_once(
+    app: App, browser: "Browser", predictor: Predictor, group_jpeg: bytes, astronaut: bytes
+) -> None:
+    group, single = predictor.predict([group_jpeg, astronaut])
+    pages = [open_page(browser, app.address) for _ in range(2)]
+    for _ in range(3):
+        for page, name, data in zip(pages, ("group.jpg", "astronaut.png"), (group_jpeg, astronaut), strict=True):
+            upload(page, (name, data))
+    for page, mine, other in zip(pages, (group, single), (single, group), strict=True):
+        assert_cards(page, mine)
+        settle(page)
+        assert page.get_by_role("heading", name=f"{other.faces[0].age:.0f} years", exact=True).count() == 0
+
+
+@pytest.mark.slow
+def test_the_hundredth_upload_works_like_the_first(
+    app: App, browser: "Browser", predictor: Predictor, group_jpeg: bytes, blank_png: bytes
+) -> None:
+    page = open_page(browser, app.address)
+    for number in range(99):
+        upload(page, (f"{number}.png", blank_png))
+    settle(page)
+    upload(page, ("last.jpg", group_jpeg))
+    page.get_by_role("button", name="13", exact=True).click()
+    assert_cards(page, predictor.predict([group_jpeg])[0])
+
+
+@pytest.mark.slow
+def test_a_run_of_the_batch_job(app: App, browser: "Browser", predictor: Predictor, tmp_path: Path) -> None:
+    write_samples(tmp_path / "photos")
+    call = [sys.executable, "-m", "batch", str(tmp_path / "photos"), str(tmp_path / "out")]
+    subprocess.run(call, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    page = open_page(browser, f"{app.address}/results")
+    page.get_by_role("textbox", name="Output directory").fill(str(tmp_path / "out"))
+    page.keyboard.press("Enter")
+    page.get_by_test_id("stSidebar").get_by_text(predictor.model.sha256[:12]).wait_for()
+    settle(page)
+    assert page.get_by_test_id("stMetric").all_inner_texts()[0].split() == ["Images", "4"]
+    exported = json.loads(pq.read_table(io.BytesIO(downloaded(page, "Parquet"))).to_pandas().to_json(orient="records"))
+    grace = next(row for row in exported if row["path"].endswith("grace_hopper.jpg"))
+    expected = to_json(predictor.predict([(tmp_path / "photos" / "grace_hopper.jpg").read_bytes()])[0])
+    assert grace["age"] == pytest.approx(expected["predictions"][0]["age"], rel=1e-5)
+
+
+class TestScreenshots:
+    """The README's pictures: `make screenshots`."""
+
+    pytestmark = pytest.mark.skipif(not PICTURES, reason="the pictures are taken by `make screenshots`")
+
+    @pytest.fixture
+    def photos(self, tmp_path: Path) -> Path:
+        write_samples(tmp_path / "photos")
+        return tmp_path / "photos"
+
+    @pytest.mark.parametrize("width_px", [1440, 390])
+    @pytest.mark.parametrize("theme", ["light", "dark"])
+    def test_screenshots_of_try_it(
+        self, app: App, browser: "Browser", predictor: Predictor, photos: Path, width_px: int, theme: str
+    ) -> None:
+        page = open_page(browser, app.address, width_px=width_px, dark=theme == "dark")
+        data = (photos / "grace_hopper.jpg").read_bytes()
+        upload(page, ("grace_hopper.jpg", data))
+        assert_cards(page, predictor.predict([data])[0])
+        take(page, "try", width_px, theme)
+
+    @pytest.mark.parametrize("width_px", [1440, 390])
+    @pytest.mark.parametrize("theme", ["light", "dark"])
+    def test_screenshots_of_results(
+        self, app: App, browser: "Browser", variations: Path, width_px: int, theme: str
+    ) -> None:
+        page = open_page(browser, f"{app.address}/results", width_px=width_px, dark=theme == "dark")
+        page.get_by_role("textbox", name="Output directory").fill(str(variations))
+        page.keyboard.press("Enter")
+        page.get_by_test_id("stMetric").first.wait_for()
+        settle(page)
+        for row in range(6):
+            choose_row(page, row)
+            settle(page)
+        take(page, "results", width_px, theme)
+
+    @pytest.fixture(scope="class")
+    def variations(self, predictor: Predictor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        """An output on the sample photographs, varied in size, light and turn, so that the charts have a form."""
+        folder = tmp_path_factory.mktemp("screenshots") / "photos"
+        write_samples(folder)
+        paths = sorted(path for path in folder.iterdir() if path.suffix != ".txt")
+        for path in [path for path in paths if path.stem != "broken"]:
+            vary(path, folder)
+        items = [Item(path.read_bytes(), str(path)) for path in sorted(folder.iterdir())]
+        return out_of(folder.parent / "out", predictor.predict(items))
+
+
+def vary(path: Path, folder: Path) -> None:
+    """Writes some dozens of variations of a photograph."""
+    draw = random.Random(path.stem)
+    image = Image.open(path).convert("RGB")
+    for number in range(40):
+        copy = image.rotate(draw.uniform(-35, 35), fillcolor="grey")
+        copy = ImageEnhance.Brightness(copy).enhance(draw.uniform(0.2, 1.8))
+        copy = ImageEnhance.Contrast(copy).enhance(draw.uniform(0.4, 1.6))
+        copy = ImageOps.mirror(copy) if draw.random() < 0.5 else copy
+        copy = copy.resize((round(copy.width * (scale := draw.uniform(0.25, 1))), round(copy.height * scale)))
+        copy.save(folder / f"{path.stem}-{number:02}.jpg", quality=90)
+
+
+def take(page: "Page", name: str, width_px: int, theme: str) -> None:
+    """Takes the whole page, with nothing of it beyond the window."""
+    settle(page)
+    height = page.evaluate("document.querySelector('[data-testid=stMainBlockContainer]').scrollHeight")
+    page.set_viewport_size({"width": width_px, "height": max(600, height - 60)})
+    page.mouse.move(0, 0)
+    settle(page)
+    assert_fits(page)
+    suffix = "" if (width_px, theme) == (1440, "light") else f"-{width_px}-{theme}"
+    page.screenshot(path=Path(str(PICTURES)) / f"app-{name}{suffix}.png", animations="disabled")
