@@ -1,7 +1,8 @@
 """Parts -> final files: each committed outcome once, sorted, in files of a sensible size, and a summary of them."""
 
+import itertools
 import json
-import os
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -46,20 +47,22 @@ def committed_parts(output: Output) -> tuple[list[Part], Counts]:
     parts: list[Part] = []
     counts = Counts()
     seen: set[int] = set()
-    orphans = {info.path for info in output.list("_run/parts")}
+    orphans: dict[str, list[str]] = defaultdict(list)
+    for info in output.list("_run/parts"):
+        orphans[info.base_name.rpartition("-")[0]].append(info.path)  # STEM-0.parquet belongs to STEM.parquet
     for info in output.list("_run/checkpoint"):
         stem = info.base_name.removesuffix(".parquet")
-        files = [path for path in orphans if os.path.basename(path).startswith(f"{stem}-")]
+        files = orphans.get(stem, [])
         table = _read_part(output, info.path, files)
         if table is None:
             output.filesystem.delete_file(info.path)
             continue
-        orphans.difference_update(files)
+        del orphans[stem]
         blocks = frozenset(table["block"].unique().to_pylist()) - seen
         seen |= blocks
         counts.add(_of_blocks(table, blocks))
         parts.extend([Part(files[0], blocks)] if blocks else [])
-    for path in orphans:
+    for path in itertools.chain.from_iterable(orphans.values()):
         output.filesystem.delete_file(path)
     return parts, counts
 
