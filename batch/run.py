@@ -6,8 +6,9 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from importlib import import_module
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Final
@@ -59,8 +60,7 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
         return
     output.check_writable()
     with output.locked() as still_held, ThreadPoolExecutor(1) as aside:
-        # Ray is imported before OpenCV: both change sys.path meanwhile, and must not do so at once.
-        engine = _engine(request, output)
+        engine = _engine(request, output, aside)
         identified = aside.submit(_identify, request, listing)
         with engine:
             wanted, model = identified.result()
@@ -71,12 +71,13 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
                 _finish(output, run, model, request, say, started, still_held)
 
 
-def _engine(request: Request, output: Output) -> contextlib.AbstractContextManager[None]:
-    """Ray, unless there can be nothing to do."""
+def _engine(request: Request, output: Output, aside: Executor) -> contextlib.AbstractContextManager[None]:
+    """Ray, unless there can be nothing to do; what else the job needs is imported while it starts."""
     if request.mode == "resume" and output.finished() is not None:
         return contextlib.nullcontext()
-    from batch.engine import running_engine
+    from batch.engine import running_engine  # before OpenCV is: both change sys.path meanwhile, and must not at once
 
+    aside.submit(import_module, "batch.job")
     return running_engine(request.resources)
 
 
