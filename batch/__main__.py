@@ -36,7 +36,7 @@ what OUT may be
   an unfinished run   of the same sources, model and options: it goes on, nothing is done twice or lost
   a finished run      nothing is done; see --append and --overwrite
 
-`python -m batch report OUT` writes OUT/report.html (a directory of that name is ./report).
+`python -m batch report OUT` writes OUT/_report.html (a directory of that name is ./report).
 exit code: 0 done, 1 the run stopped, 2 wrong call, 3 more than --max-bad failed, 130 interrupted
 """
 
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _report_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m batch report", description="Writes OUT/report.html, a page about a finished output."
+        prog="python -m batch report", description="Writes OUT/_report.html, a page about a finished output."
     )
     parser.add_argument("out", metavar="OUT", help="directory of the output, local or a URI")
     return parser

@@ -29,8 +29,8 @@ _RUN: Final = "_run"
 _RUN_FILE: Final = "_run/run.json"
 _SUCCESS: Final = "_SUCCESS"
 SUMMARY_FILE: Final = "_summary.json"
-REPORT_FILE: Final = "report.html"
-_OURS: Final = re.compile(r"_run|_SUCCESS|_summary\.json|report\.html|faces-[0-9a-f]{8}-\d{5}\.parquet")
+REPORT_FILE: Final = "_report.html"
+_OURS: Final = re.compile(r"_run|_SUCCESS|_summary\.json|_report\.html|faces-[0-9a-f]{8}-\d{5}\.parquet")
 _LEASE: Final = re.compile(r"_writer-[0-9a-f]{16}")
 
 

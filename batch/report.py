@@ -16,7 +16,7 @@ from PIL import Image
 from agegender import AgeGenderError, decode_image
 from agegender.image import quiet_pillow
 from batch.location import read_bytes
-from batch.output import Output
+from batch.output import REPORT_FILE, Output
 
 __all__ = ["write_report"]
 
@@ -38,7 +38,7 @@ td.p { word-break: break-all; font-size: .85rem } .dim { color: #777 } img { bor
 
 
 def write_report(output: Output) -> str:
-    """Writes `report.html` beside the records.
+    """Writes `_report.html` beside the records; readers of Parquet directories skip names that begin so.
 
     Returns:
         Its path.
@@ -51,8 +51,8 @@ def write_report(output: Output) -> str:
     gathered = _Gathered()
     for batch in _batches(output):
         gathered.add(batch)
-    output.write("report.html", _page(output, summary, gathered))
-    return output.path("report.html")
+    output.write(REPORT_FILE, _page(output, summary, gathered))
+    return output.path(REPORT_FILE)
 
 
 class _Gathered:

@@ -332,6 +332,7 @@ def test_readers_of_other_libraries_see_the_same(
     request_: Request, engine: Engine, said: list[str], read: Callable[[str], tuple[int, int, float]]
 ) -> None:
     run_batch(request_, said.append)
+    write_report(Output(request_.out))
     ages = pq.read_table(request_.out)["age"].drop_null().to_numpy()
     paths, count, oldest = read(request_.out)
     assert (paths, count, oldest) == (50, 40, pytest.approx(ages.max()))
