@@ -30,7 +30,8 @@ from tqdm import tqdm
 
 from agegender import ImageResult, Item, Predictor
 from agegender.model import DEFAULT_MODEL
-from benchmarks.peer import PEER, peer_python
+from benchmarks.environment import make_environment
+from benchmarks.peer import PEER
 from training.data import MAX_AGE_YEARS, Sample, scan
 from training.dataset import read_splits, splits_path
 from training.metrics import Figure
@@ -141,7 +142,7 @@ def _ask_all(
     paths = [sample.path.resolve() for sample in test]
     answers, missing = {OURS: _ours(options.model, paths)}, []
     with tempfile.TemporaryDirectory(prefix="bench-peer-") as folder:
-        python = peer_python(options.peer_python, Path(folder))
+        python = options.peer_python or make_environment(Path(folder), PEER)
         commands = dict(each.split("=", 1) for each in options.also)
         if isinstance(python, Path):
             script = Path(__file__).with_name("peer.py")

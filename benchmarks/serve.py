@@ -1,8 +1,8 @@
 """What serving costs: ours, two rivals with the same predictor, TorchServe's stock handler, and the bare predictor.
 
 `python -m benchmarks.serve` starts all of them on this machine, on ports of their own, and takes them in turn at each
-load, so that what disturbs the machine disturbs all. Beside the project's own packages it needs those of the rivals:
-`pip install litserve fastapi uvicorn python-multipart torchvision && pip install --no-deps captum`.
+load, so that what disturbs the machine disturbs all. Where LitServe is not installed, it makes an environment for the
+two rivals; TorchServe's stock handler takes part where captum is, which it imports (`pip install --no-deps captum`).
 
 Closed loop: so many clients, each sending its next request when its last is answered. Paced: requests at 80% of the
 throughput that the server reached with 8 clients, evenly and at random (Poisson) times, whatever the answers do. The
@@ -27,7 +27,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from http.client import HTTPConnection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -39,10 +41,14 @@ from PIL import Image
 
 from agegender import Predictor
 from agegender.model import DEFAULT_MODEL
+from benchmarks.environment import make_environment
 from handler.archive import build_archive
 from handler.server import Server, copy_settings
 
 CONFIG: Final = Path("config.properties")
+CONTESTANTS: Final = ("ours", "litserve", "fastapi", "stock")
+RIVALS: Final = {"litserve", "fastapi"}
+RIVALS_PACKAGES: Final = ("litserve>=0.2.19", "fastapi", "uvicorn", "python-multipart")
 SIZES: Final = {"chip": (200, 200), "1 MP": (1155, 866), "12 MP": (4000, 3000)}
 
 
@@ -77,10 +83,9 @@ def main() -> None:
     options = _options()
     images = {name: _image(SIZES[name]) for name in options.images}
     results: list[Measurement] = []
-    print(f"{psutil.cpu_count()} cores, {options.workers} workers each, {options.seconds:g} s per figure", flush=True)
-    print(_HEAD, flush=True)
+    print("\n".join([_intro(options), "", *_HEAD]), flush=True)
     with ExitStack() as stack:
-        contestants = [stack.enter_context(STARTERS[name](options.workers)) for name in options.contestants]
+        contestants, missing = _start(options, stack)
         for image_name, image in images.items():
             results += _report([_bare(image_name, image, options.workers, options.seconds)])
             for clients in options.clients:
@@ -96,18 +101,40 @@ def main() -> None:
                 )
     if options.json:
         options.json.write_text(json.dumps([asdict(each) for each in results], indent=1))
-    print(_summary(results))
+    lines = [_intro(options), "", *_HEAD, *map(_row, results), "", *_summary(results), *missing]
+    print("\n".join(["", *_summary(results), *missing]))
+    if options.markdown:
+        options.markdown.write_text("\n".join(lines) + "\n")
+
+
+def _start(options: argparse.Namespace, stack: ExitStack) -> tuple[list[Contestant], list[str]]:
+    """All that can be started, and why the others cannot."""
+    names, missing = list(options.contestants), []
+    if "stock" in names and not find_spec("captum"):
+        names.remove("stock")
+        missing.append("- not measured, stock: its handler imports captum; pip install --no-deps captum")
+    python: Path | str = options.rivals_python or Path(sys.executable)
+    if RIVALS & set(names) and not options.rivals_python and not find_spec("litserve"):
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-rivals-")))
+        python = make_environment(folder, *RIVALS_PACKAGES, with_ours=True)
+    if isinstance(python, str):
+        names = [name for name in names if name not in RIVALS]
+        missing.append(f"- not measured, LitServe and FastAPI: {python}")
+    starters = {"ours": _ours, "stock": _stock, **{name: partial(_rival, name, str(python)) for name in RIVALS}}
+    return [stack.enter_context(starters[name](options.workers)) for name in names], missing
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contestants", nargs="+", choices=STARTERS, default=list(STARTERS))
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--images", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 2, 4, 8, 16])
     parser.add_argument("--paced", nargs="*", choices=("even", "Poisson"), default=["even", "Poisson"])
     parser.add_argument("--seconds", type=float, default=20, help="per figure, after a warm-up of a fifth")
     parser.add_argument("--workers", type=int, default=psutil.cpu_count(), help="per server (default: the cores)")
+    parser.add_argument("--rivals-python", type=Path, help="an interpreter that has LitServe, FastAPI and the project")
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--markdown", type=Path, help="write the table there")
     return parser.parse_args()
 
 
@@ -173,10 +200,10 @@ def _stock_archive(target: Path) -> None:
 
 
 @contextmanager
-def _rival(name: str, workers: int) -> Iterator[Contestant]:
+def _rival(name: str, python: str, workers: int) -> Iterator[Contestant]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "benchmarks.rivals", name, str(port), str(workers)]
+    command = [python, "-m", "benchmarks.rivals", name, str(port), str(workers)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     root = psutil.Process(process.pid)
     try:
@@ -208,14 +235,6 @@ def _wait_until_it_answers(contestant: Contestant, process: subprocess.Popen[byt
         except OSError:
             time.sleep(0.5)
     raise SystemExit(f"{contestant.name} did not start")
-
-
-STARTERS: Final = {
-    "ours": _ours,
-    "litserve": lambda workers: _rival("litserve", workers),
-    "fastapi": lambda workers: _rival("fastapi", workers),
-    "stock": _stock,
-}
 
 
 # The loads.
@@ -344,34 +363,41 @@ def _percentiles_ms(latencies_s: Sequence[float]) -> tuple[float, float, float]:
 # The report.
 
 _HEAD: Final = (
-    f"{'image':6} {'load':12} {'server':9} {'req/s':>8} {'p50 ms':>8} {'p95 ms':>8} {'p99 ms':>8} "
-    f"{'CPU-ms':>8} {'client':>7} {'errors':>6}"
+    "| image | load | server | req/s | p50, ms | p95, ms | p99, ms | CPU-ms per request | of the client | errors |",
+    "|---" * 10 + "|",
 )
+
+
+def _intro(options: argparse.Namespace) -> str:
+    return f"{psutil.cpu_count()} cores, {options.workers} workers each, {options.seconds:g} s per figure."
 
 
 def _report(measurements: Iterable[Measurement]) -> list[Measurement]:
     """Prints each as soon as it is there."""
     kept = []
     for each in measurements:
-        print(
-            f"{each.image:6} {each.load:12} {each.contestant:9} {each.requests_per_s:8.1f} {each.p50_ms:8.1f} "
-            f"{each.p95_ms:8.1f} {each.p99_ms:8.1f} {each.cpu_ms:8.2f} {each.client_cpu_ms:7.2f} {each.errors:6}",
-            flush=True,
-        )
+        print(_row(each), flush=True)
         kept.append(each)
     return kept
 
 
-def _summary(results: Sequence[Measurement]) -> str:
+def _row(each: Measurement) -> str:
+    figures = (each.requests_per_s, each.p50_ms, each.p95_ms, each.p99_ms, each.cpu_ms, each.client_cpu_ms)
+    cells = (each.image, each.load, each.contestant, *(f"{figure:.1f}" for figure in figures), f"{each.errors}")
+    return f"| {' | '.join(cells)} |"
+
+
+def _summary(results: Sequence[Measurement]) -> list[str]:
     """Each server's best throughput and its tail at 80% load, against the bare predictor."""
-    lines = ["", "against the bare predictor:"]
+    lines = ["Against the bare predictor:", ""]
     for bare in (each for each in results if each.contestant == "bare"):
         for name in dict.fromkeys(each.contestant for each in results if each.contestant != "bare"):
             own = [each for each in results if (each.contestant, each.image) == (name, bare.image)]
             best = max(each.requests_per_s for each in own)
             tails = [f"p99 {each.load} {each.p99_ms / bare.p50_ms:.1f}x its median" for each in own if "%" in each.load]
-            lines.append(f"{bare.image:6} {name:9} throughput {best / bare.requests_per_s:.2f} {', '.join(tails)}")
-    return "\n".join(lines)
+            figures = ", ".join([f"throughput {best / bare.requests_per_s:.2f}", *tails])
+            lines.append(f"- {bare.image}, {name}: {figures}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -1,0 +1,223 @@
+"""`python -m benchmarks`: every benchmark in turn -> RESULTS.md and its plots.
+
+Each benchmark is a script of its own, with more options. What it wrote is kept in --keep-dir, and the page is made of
+all that lies there: with `--only` the others keep what an earlier run measured, each under its own date. Where a script
+fails, the page says so, and the next one runs.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from agegender import Model
+from agegender.model import DEFAULT_MODEL
+from benchmarks.environment import make_environment
+from benchmarks.peer import PEER
+from benchmarks.plots import PLOTS, draw
+
+VERSIONS: Final = ("torch", "opencv-python-headless", "pillow", "numpy", "pyarrow", "ray", "torchserve", "streamlit")
+
+
+@dataclass(frozen=True)
+class Script:
+    """A benchmark.
+
+    Attributes:
+        title: of its section.
+        quick: options for a run of a minute.
+        takes: which of the options that all share it knows.
+        reports: whether it writes tables and figures to files; what it prints is taken otherwise.
+    """
+
+    title: str
+    quick: Sequence[str]
+    takes: Sequence[str] = ()
+    reports: bool = True
+
+
+SCRIPTS: Final = {
+    "accuracy": Script("How right it is", ("--limit", "200"), ("data_dir", "peer_python")),
+    "chain": Script(
+        "Where an image's time goes",
+        ("--rounds", "1", "--seconds", "4", "--limit", "100"),
+        ("data_dir", "photos_dir"),
+    ),
+    "footprint": Script("What it takes to have it", ("--rounds", "1"), ("photos_dir", "peer_python", "setup")),
+    "batch": Script(
+        "The batch job beside others",
+        ("--rounds", "1", "--seconds", "3", "--limit", "200", "--workloads", "whole", "1 MP"),
+        ("data_dir", "photos_dir", "peer_python"),
+    ),
+    "serve": Script(
+        "The server beside others",
+        ("--images", "chip", "--clients", "1", "8", "--paced", "Poisson", "--seconds", "2"),
+    ),
+    "growth": Script(
+        "How the batch job grows",
+        ("--sizes", "500", "2000", "--slice", "0", "--names", "100000", "--parts", "20"),
+    ),
+    "app": Script("The app", ("--uploads", "3", "--rows", "20000"), reports=False),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 when every script ran, 1 when one failed."""
+    options = _options(arguments)
+    options.keep_dir.mkdir(parents=True, exist_ok=True)
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        if any("peer_python" in SCRIPTS[name].takes for name in options.only):
+            python = options.peer_python or make_environment(Path(folder) / "peer", PEER)
+            options.peer_python = python if isinstance(python, Path) else None
+        for name in options.only:
+            print(f"{name} ...", flush=True)
+            failed += [] if _run(name, SCRIPTS[name], options) else [name]
+    page = options.out_dir / "RESULTS.md"
+    page.write_text("\n".join(_page(options)))
+    print(f"{page}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", type=_names, default=list(SCRIPTS), metavar="NAME,...", help=", ".join(SCRIPTS))
+    parser.add_argument("--quick", action="store_true", help="little of each, to see that all of it works")
+    parser.add_argument("--setup", action="store_true", help="measure the installation into fresh environments too")
+    parser.add_argument("--data-dir", type=Path, help="UTKFace's aligned chips (default: ../shared/utkface)")
+    parser.add_argument("--photos-dir", type=Path, help="photographs (default: ../shared/photos)")
+    parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
+    parser.add_argument("--out-dir", type=Path, default=Path("benchmarks"), help="of the page (default: %(default)s)")
+    parser.add_argument("--keep-dir", type=Path, default=Path("runs/benchmarks"), help="of what each script wrote")
+    return parser.parse_args(arguments)
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in SCRIPTS]:
+        raise argparse.ArgumentTypeError(f"there is no {unknown[0]!r}; choose from {', '.join(SCRIPTS)}")
+    return [name for name in SCRIPTS if name in names]
+
+
+def _run(name: str, script: Script, options: argparse.Namespace) -> bool:
+    """Runs a script, and keeps its section of the page. Returns whether it went well."""
+    kept = {kind: options.keep_dir / f"{name}.{kind}" for kind in ("md", "json", "log", "section")}
+    call = ["-m", f"benchmarks.{name}", *_shown(script, options)]
+    hidden = ["--markdown", str(kept["md"]), "--json", str(kept["json"])] if script.reports else []
+    if options.peer_python and "peer_python" in script.takes:
+        hidden += ["--peer-python", str(options.peer_python)]
+    busy, started = os.getloadavg()[0] / (psutil.cpu_count() or 1), time.monotonic()
+    with kept["log"].open("w") as log:
+        done = subprocess.run([sys.executable, *call, *hidden], stdout=subprocess.PIPE, stderr=log, text=True)
+    reason = _last_line(kept["log"])
+    with kept["log"].open("a") as log:
+        log.write(done.stdout)
+    lines = [f"## {script.title}", "", f"`python {' '.join(_quoted(call))}`", ""]
+    lines += [f"{_now()}, {time.monotonic() - started:.0f} s, {_commit()}, model {_sha256()}, {_busy(busy)}", ""]
+    if done.returncode:
+        lines += [f"**Not measured**: it ended with {done.returncode}: {reason}", ""]
+    else:
+        lines += [kept["md"].read_text() if script.reports else f"```text\n{done.stdout}```\n"]
+        lines += _plot(name, kept["json"], options.out_dir)
+    kept["section"].write_text("\n".join(lines))
+    return done.returncode == 0
+
+
+def _shown(script: Script, options: argparse.Namespace) -> Iterator[str]:
+    """Options that belong to the call as people repeat it."""
+    if options.quick:
+        yield from script.quick
+    for name in ("data_dir", "photos_dir"):
+        if name in script.takes and (folder := getattr(options, name)):
+            yield from (f"--{name.replace('_', '-')}", str(folder))
+    if options.setup and "setup" in script.takes:
+        yield "--setup"
+
+
+def _quoted(call: Sequence[str]) -> Iterator[str]:
+    return (f'"{part}"' if " " in part else part for part in call)
+
+
+def _plot(name: str, figures: Path, out_dir: Path) -> list[str]:
+    if name not in PLOTS:
+        return []
+    target = out_dir / "figures" / f"{name}.svg"
+    try:
+        draw(name, json.loads(figures.read_text()), target)
+    except Exception as error:  # a plot that fails does not lose the tables
+        return [f"No plot: {type(error).__name__}: {error}", ""]
+    return [f"![{SCRIPTS[name].title}](figures/{name}.svg)", ""]
+
+
+# The page.
+
+
+def _page(options: argparse.Namespace) -> Iterator[str]:
+    yield from ("# What was measured", "")
+    yield "Made by `make bench`; each table names the command that makes it again. " + _machine()
+    yield from ("", f"Model: {_model()}. Versions: Python {platform.python_version()}, {_versions()}.", "")
+    for name in SCRIPTS:
+        section = options.keep_dir / f"{name}.section"
+        yield section.read_text() if section.exists() else f"## {SCRIPTS[name].title}\n\nNot measured yet.\n"
+
+
+def _machine() -> str:
+    memory = psutil.virtual_memory().total / 2**30
+    return f"Machine: {_processor()}, {psutil.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}."
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _model() -> str:
+    spec = Model(DEFAULT_MODEL, device="cpu").spec
+    return f"{spec.name} {spec.version}, {spec.backbone}, SHA-256 {_sha256()}"
+
+
+def _sha256() -> str:
+    return hashlib.sha256(DEFAULT_MODEL.read_bytes()).hexdigest()[:12]
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in VERSIONS)
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return f"commit {done.stdout.strip() or 'unknown'}"
+
+
+def _now() -> str:
+    return f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
+
+
+def _busy(load: float) -> str:
+    return f"load at its start {load:.1f} a core" + ("; **other programs were running**" if load > 0.5 else "")
+
+
+def _last_line(log: Path) -> str:
+    return (log.read_text().strip().splitlines() or ["it printed nothing"])[-1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

