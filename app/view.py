@@ -9,7 +9,7 @@ from PIL import Image
 
 from agegender import FacePrediction, ImageResult, decode_image
 from agegender.draw import annotate, cut_face
-from app.charts import age_scale
+from app.charts import age_data, age_scale
 from app.hints import hints_of, is_undecided, sharpness
 from app.messages import plain, sentence
 
@@ -137,7 +137,8 @@ def show_card(portrait: Portrait, least_probability: float) -> None:
             with st.container(gap="xxsmall", width="stretch"):
                 st.markdown(f"### {face.age:.0f} years")
                 st.caption(f"between {face.age_low:.0f} and {face.age_high:.0f}")
-        st.altair_chart(age_scale(face), alt=f"age {face.age:.0f}, from {face.age_low:.0f} to {face.age_high:.0f}")
+        spoken = f"age {face.age:.0f}, from {face.age_low:.0f} to {face.age_high:.0f}"
+        st.vega_lite_chart(age_data(face), age_scale(), alt=spoken)
         undecided = is_undecided(face, least_probability)
         gender = f"undecided: {face.gender}" if undecided else f"**{face.gender}**"
         st.progress(face.gender_probability, text=f"{gender} {face.gender_probability:.0%}")
