@@ -17,7 +17,7 @@ import ray
 from batch.errors import JobError
 from batch.request import Resources
 
-__all__ = ["running_engine", "worker_count"]
+__all__ = ["quiet", "running_engine", "worker_count"]
 
 # Reading, filtering by the checkpoint and writing each hold a logical CPU; with fewer than four a resumed run hangs.
 _SPARE_CPUS: Final = 3
@@ -33,7 +33,7 @@ def running_engine(resources: Resources) -> Iterator[None]:
     Raises:
         JobError: it does not start.
     """
-    with _scratch() as folder, _quiet(os.path.join(folder, "engine.log")):
+    with _scratch() as folder, quiet(os.path.join(folder, "engine.log")):
         _start(resources, folder)
         try:
             yield
@@ -89,7 +89,7 @@ def _lock(folder: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet(log: str) -> Iterator[None]:
+def quiet(log: str) -> Iterator[None]:
     """Sends to a file what the engine's libraries print, and write to stderr beside Python.
 
     What this program writes to `sys.stderr` still gets there; what it has to say on stdout goes to a stream that it has

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import secrets
 import time
 from collections import Counter
@@ -72,8 +73,9 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
 
 
 def _engine(request: Request, output: Output, aside: Executor) -> contextlib.AbstractContextManager[None]:
-    """Ray, unless there can be nothing to do; what else the job needs is imported while it starts."""
-    if request.mode == "resume" and output.finished() is not None:
+    """Ray, unless it can have nothing to do; what else the job needs is imported while it starts."""
+    finished = request.mode == "resume" and output.finished() is not None
+    if finished or not os.path.isfile(request.model):
         return contextlib.nullcontext()
     from batch.engine import running_engine  # before OpenCV is: both change sys.path meanwhile, and must not at once
 

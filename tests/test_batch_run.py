@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ import batch.engine
 import batch.job
 from agegender import Predictor
 from batch.__main__ import main
+from batch.engine import quiet
 from batch.errors import IncompleteError, JobError, OutputError, SourceError, TooManyBadError
 from batch.listing import Input, blocks_of
 from batch.output import Output
@@ -433,3 +435,14 @@ def test_progress_in_a_log_is_few_plain_lines() -> None:
     assert "\r" not in stream.getvalue()
     assert "1000/1000" in lines[-1]
     assert "3 bad" in lines[-1]
+
+
+def test_what_the_engine_prints_goes_to_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log, kept = tmp_path / "engine.log", sys.stdout
+    with quiet(str(log)):
+        print("a remark of the engine")
+        os.write(2, b"a remark beside Python\n")
+        print("what we say", file=kept)
+        print("our progress", file=sys.stderr)
+    assert capfd.readouterr() == ("what we say\n", "our progress\n")
+    assert set(log.read_text().splitlines()) == {"a remark of the engine", "a remark beside Python"}
