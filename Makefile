@@ -12,20 +12,23 @@ FACES ?= detect
 MODEL ?= model_store/agegender.pt
 DATA ?=
 ARGS ?=
+CPU_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup app batch report train evaluate archive serve stop stubs screenshots test test-slow check format lock clean
+.PHONY: help setup app batch report train evaluate archive serve stop stubs screenshots test test-slow bench licences check format lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
 		while IFS="$$(printf '\t')" read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
 
-setup: $(READY) ## Install the locked packages into .venv (other targets do it when needed)
+setup: $(READY) ## Install the locked packages into .venv (other targets do it when needed): CPU_INDEX=URL
 
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "agegender needs Python 3.10 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(if $(CPU_INDEX),grep -vE '^(nvidia|cuda|triton)' requirements.txt > $(VENV)/requirements.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check \
+		$(if $(CPU_INDEX),--extra-index-url "$(CPU_INDEX)" -r $(VENV)/requirements.txt,-r requirements.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@java=$$($(BIN)/python -m handler java) && ln -sf "$$java" $(BIN)/java
 	@touch $@
@@ -67,13 +70,16 @@ stubs: $(READY) ## Build the Python stubs of the gRPC API into build/grpc
 	@$(BIN)/python -m handler stubs
 
 screenshots: $(READY) ## Take the README's pictures of the app anew, with Chromium
-	@SCREENSHOTS=docs/figures $(BIN)/python -m pytest tests/test_app_browser.py -k screenshots $(ARGS)
+	@SCREENSHOTS=docs/figures $(BIN)/python -m pytest tests/test_app_browser.py -k "screenshots and light-1440" $(ARGS)
 
 test: $(READY) ## Run the tests (under ten minutes on two cores)
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-slow: $(READY) ## Run the chaos, soak and long fuzz tests
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: $(READY) ## Measure everything into benchmarks/RESULTS.md: DATA=DIR ARGS="--quick --only NAME,..."
+	@$(BIN)/python -m benchmarks $(if $(DATA),--data-dir "$(DATA)") $(ARGS)
 
 check: $(READY) ## Lint, check formatting and types, as the pre-commit hook does
 	$(BIN)/ruff check .
@@ -89,6 +95,9 @@ lock: $(READY) ## Write requirements.txt anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --all-extras --group dev \
 		--no-emit-index-url --no-emit-find-links --no-annotate --custom-compile-command "make lock" \
 		pyproject.toml --output-file requirements.txt
+
+licences: $(READY) ## Write docs/licences.md anew from the lock and what is installed
+	@$(BIN)/python docs/licences.py > docs/licences.md
 
 clean: ## Remove the environment, caches and outputs
 	rm -rf $(VENV) out examples runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -116,26 +116,23 @@ def _names(text: str) -> list[str]:
 
 def _run(name: str, script: Script, options: argparse.Namespace) -> bool:
     """Runs a script, and keeps its section of the page. Returns whether it went well."""
-    kept = {kind: options.keep_dir / f"{name}.{kind}" for kind in ("md", "json", "log", "section")}
+    kept = {kind: options.keep_dir / f"{name}.{kind}" for kind in ("md", "json", "out", "log", "section")}
     call = ["-m", f"benchmarks.{name}", *_shown(script, options)]
     hidden = ["--markdown", str(kept["md"]), "--json", str(kept["json"])] if script.reports else []
     if options.peer_python and "peer_python" in script.takes:
         hidden += ["--peer-python", str(options.peer_python)]
     busy, started = os.getloadavg()[0] / (psutil.cpu_count() or 1), time.monotonic()
-    with kept["log"].open("w") as log:
-        done = subprocess.run([sys.executable, *call, *hidden], stdout=subprocess.PIPE, stderr=log, text=True)
-    reason = _last_line(kept["log"])
-    with kept["log"].open("a") as log:
-        log.write(done.stdout)
+    with kept["out"].open("w") as out, kept["log"].open("w") as log:
+        code = subprocess.run([sys.executable, *call, *hidden], stdout=out, stderr=log).returncode
     lines = [f"## {script.title}", "", f"`python {' '.join(_quoted(call))}`", ""]
     lines += [f"{_now()}, {time.monotonic() - started:.0f} s, {_commit()}, model {_sha256()}, {_busy(busy)}", ""]
-    if done.returncode:
-        lines += [f"**Not measured**: it ended with {done.returncode}: {reason}", ""]
+    if code:
+        lines += [f"**Not measured**: it ended with {code}: {_last_line(kept['log'])}", ""]
     else:
-        lines += [kept["md"].read_text() if script.reports else f"```text\n{done.stdout}```\n"]
+        lines += [kept["md"].read_text() if script.reports else f"```text\n{kept['out'].read_text()}```\n"]
         lines += _plot(name, kept["json"], options.out_dir)
     kept["section"].write_text("\n".join(lines))
-    return done.returncode == 0
+    return code == 0
 
 
 def _shown(script: Script, options: argparse.Namespace) -> Iterator[str]:
