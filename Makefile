@@ -58,7 +58,7 @@ evaluate: $(READY) ## Measure a model on labelled faces: DATA=DIR MODEL=FILE
 archive: $(ARCHIVE) ## Build the model archive that TorchServe loads
 
 $(ARCHIVE): $(READY) $(MODEL) $(wildcard handler/*.py handler/*.yaml agegender/*.py)
-	@$(BIN)/python -m handler archive
+	@$(BIN)/python -m handler archive --model "$(MODEL)"
 
 serve: $(ARCHIVE) ## Start the server; returns when it answers predictions
 	@$(BIN)/python -m handler start

@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--timeout", type=float, default=120, metavar="S", help="start: at most this long (default 120)"
     )
+    parser.add_argument("--model", type=Path, help="archive: the artifact (default: model_store/agegender.pt)")
+    parser.add_argument("--output", type=Path, help="archive: the file to write (default: model_store/agegender.mar)")
     options = parser.parse_args(arguments)
     try:
         if options.command == "archive":

@@ -26,6 +26,7 @@ __all__ = ["Server", "ServingError", "copy_settings", "java_home"]
 LEAST_JAVA: Final = 17
 KEY_FILE: Final = "key_file.json"
 _LOG: Final = Path("logs/torchserve.log")
+_START_LOG: Final = Path("logs/start.log")  # what it prints before it writes its own
 _PID_FILE: Final = ".model_server.pid"  # torchserve's own, in its temporary directory
 _JAVA_MAIN: Final = "org.pytorch.serve.ModelServer"
 
@@ -143,7 +144,7 @@ class Server:
         environment = {**os.environ, "TMPDIR": folder, "TEMP": folder, "OMP_NUM_THREADS": "1"}
         environment["JAVA_HOME"] = str(java_home())
         command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs", "--ts-config", str(self.config)]
-        with (self.temporary / "start.log").open("wb") as output:
+        with (self.directory / _START_LOG).open("wb") as output:
             started = subprocess.run(command, cwd=self.directory, env=environment, stdout=output, stderr=output)
         # Its command line is not readable in the moment in which a process becomes Java.
         if started.returncode or not _wait(lambda: self.process() is not None, time.monotonic() + 10):
@@ -160,7 +161,7 @@ class Server:
 
     def _last_words(self) -> str:
         """The last line that tells of an error, of the server's log or of what it printed."""
-        for log in (self.directory / _LOG, self.temporary / "start.log"):
+        for log in (self.directory / _LOG, self.directory / _START_LOG):
             lines = log.read_text(errors="replace").splitlines() if log.exists() else []
             for line in reversed(lines):
                 if _TELLING.search(line):
