@@ -1,37 +1,86 @@
-"""What the README shows is run as it shows it."""
+"""What the README and the guides show is run, or looked up, as they show it."""
 
+import ast
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
+import tyro
 
 from batch.samples import write_samples
+from handler.server import Server, copy_settings
+from training.evaluate import EvaluateOptions
+from training.options import TrainOptions
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PROGRAMS = ("agegender", "batch", "handler", "training")
+NOT_OURS = (".git", ".venv", "config.properties", "examples", "key_file.json", "logs", "model_store", "out", "runs")
+
+# Each block of commands is run by a test below, or there is a reason.
+RUN = ("-m agegender examples", "make batch SRC=", "make app", "make serve")
+NOT_RUN = {
+    "make batch   #": "`.ci/run` runs it and `make test` from a clean clone",
+    "make setup CPU_INDEX=": "the index of CPU wheels is not to be reached from everywhere; its call is looked at",
+    "make train": "it takes an hour; tests/test_training.py trains on a few faces, and its call is looked at",
+    "make bench": "it takes an hour; tests/test_benchmarks.py runs the program on little",
+    "make check": "`.ci/run` runs it and `make test`",
+}
 
 
-def blocks(language: str) -> list[str]:
-    """The README's fenced blocks of a language."""
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    """The fenced blocks of a language."""
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def block_with(part: str) -> str:
+    (block,) = (block for block in blocks("sh") if part in block)
+    return block
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder that looks like the repository after `make batch`."""
+    """A folder that looks like the repository after `make batch`, with links to its files and an output of its own."""
+    for path in ROOT.iterdir():
+        if path.name not in NOT_OURS:
+            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
     write_samples(tmp_path / "examples" / "photos")
     (tmp_path / "model_store").mkdir()
     shutil.copy(ROOT / "model_store" / "agegender.pt", tmp_path / "model_store")
     return tmp_path
 
 
-def run(call: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, timeout=180, check=False)
+def run(call: list[str], folder: Path, timeout_s: float = 180) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        call, cwd=folder, env=environment(), capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def script(block: str) -> str:
+    """A block's commands, for the environment that the tests run in: nothing is installed."""
+    return block.replace("make ", "make -o .venv/.ready ")
+
+
+def test_each_block_of_commands_is_run_or_has_a_reason() -> None:
+    for block in (*blocks("sh"), *blocks("sh", CONTRIBUTING)):
+        assert sum(part in block for part in (*RUN, *NOT_RUN)) == 1, block
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert all(f"\nmake {target}\n" in ci for target in ("check", "batch", "test"))
 
 
 def test_the_six_lines_of_python(checkout: Path) -> None:
@@ -45,13 +94,75 @@ def test_the_six_lines_of_python(checkout: Path) -> None:
 
 
 def test_the_command_line_and_its_sample_output(checkout: Path) -> None:
-    (call,) = (block for block in blocks("sh") if "-m agegender" in block)
-    done = run(["bash", "-c", call.replace(".venv/bin/python", sys.executable)], checkout)
+    done = run(["bash", "-c", block_with("-m agegender examples")], checkout)
     (sample,) = blocks("text")[:1]
     assert done.returncode == 1  # one of the samples is broken
     assert done.stdout.splitlines() == [line for line in sample.splitlines() if not line.startswith("agegender:")]
     assert done.stderr.splitlines() == [line for line in sample.splitlines() if line.startswith("agegender:")]
     assert len(list((checkout / "examples" / "annotated").iterdir())) == 2
+
+
+def test_whole_directories(checkout: Path) -> None:
+    done = run(["bash", "-ec", script(block_with("make batch SRC="))], checkout, timeout_s=300)
+    assert done.returncode == 0, done.stderr
+    assert (checkout / "examples" / "scores" / "_SUCCESS").exists()
+
+
+def test_serving(checkout: Path) -> None:
+    settings = copy_settings(ROOT / "config.properties", checkout)
+    server = Server(settings, checkout)
+    block = block_with("make serve").replace("http://127.0.0.1:8080", server.settings["inference_address"])
+    try:
+        done = run(["bash", "-ec", script(block)], checkout, timeout_s=400)
+    finally:
+        server.stop(drain_s=0)
+    assert done.returncode == 0, done.stderr
+    alone = run([sys.executable, "-m", "agegender", "examples/photos/astronaut.png"], checkout)
+    assert alone.stdout in done.stdout
+
+
+def test_the_app_opens(checkout: Path) -> None:
+    pytest.importorskip("streamlit", reason="the app needs Python 3.11 or newer")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    headless = f'make app ARGS="--server.headless true --server.port {port}"'
+    call = ["bash", "-ec", script(block_with("make app").replace("make app", headless))]
+    app = subprocess.Popen(call, cwd=checkout, env=environment(), stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        assert answers(f"http://127.0.0.1:{port}/_stcore/health", app) == "ok"
+    finally:
+        os.killpg(app.pid, signal.SIGTERM)
+        app.wait(30)
+
+
+def answers(address: str, process: "subprocess.Popen[bytes]", timeout_s: float = 120) -> str:
+    """What an address says once it does."""
+    deadline = time.monotonic() + timeout_s
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            with urlopen(address, timeout=10) as response:
+                return str(response.read().decode())
+        except OSError:
+            time.sleep(0.3)
+    raise AssertionError(f"{address} does not answer")
+
+
+def test_training_takes_the_options_that_are_shown() -> None:
+    block = block_with("make train")
+    (options,) = re.findall(r'ARGS="(.*)"', block)
+    assert tyro.cli(TrainOptions, args=["--data-dir", "DIR", *options.split()]).out_dir == Path("runs/mine")
+    (model,) = re.findall(r"MODEL=(\S+)", block)
+    assert tyro.cli(EvaluateOptions, args=["--data-dir", "DIR", "--model", model]).model.parent == Path("runs/mine")
+
+
+def test_setup_without_cuda_leaves_out_what_it_says() -> None:
+    done = run(["make", "-n", "-W", "requirements.txt", "setup", "CPU_INDEX=file:///wheels"], ROOT)
+    (grep,) = re.findall(r"grep -vE '(.*)'", done.stdout)
+    names = [line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line]
+    left_out = [name for name in names if re.match(grep, name)]
+    assert any(name.startswith("nvidia-") for name in left_out)
+    assert "torch" not in left_out
+    assert '--extra-index-url "file:///wheels"' in done.stdout
 
 
 @pytest.mark.parametrize("call", [line for block in blocks("sh") for line in block.splitlines() if line[:5] == "make "])
@@ -70,10 +181,61 @@ def test_help_lists_every_target() -> None:
 
 def test_every_file_that_the_readme_names_exists() -> None:
     (tree,) = (block for block in blocks("text") if "the core: data" in block)
-    names = [line.split()[0] for line in tree.splitlines()]
-    core = [
-        f"agegender/{name}" if line.startswith("  ") else name
-        for line, name in zip(tree.splitlines(), names, strict=True)
-    ]
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert [name for name in (*core, *links) if not (ROOT / name).exists()] == []
+    names, folder = [], ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        folder = folder if line.startswith("  ") else name
+        names.append(f"{folder}{name}" if line.startswith("  ") else name)
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for link, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", page.read_text(encoding="utf-8")):
+        target = (page.parent / link).resolve() if link else page
+        assert target.exists(), f"{page.name}: {link}"
+        if anchor:
+            assert anchor in set(headings(target)), f"{page.name}: {link}#{anchor}"
+
+
+def headings(page: Path) -> Iterator[str]:
+    """Anchors of a page, as forges make them."""
+    for title in re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+
+
+def test_troubleshooting_quotes_messages_that_are_printed() -> None:
+    quoted = blocks("text", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
+    pips = [message for message in quoted if message.startswith("ERROR: ")]
+    known = [re.compile(template) for template in templates()]
+    for message in (message.strip() for message in quoted if message not in pips):
+        plain = re.sub(r"[<>]", "", message)
+        assert any(template.fullmatch(plain) for template in known), f"nothing prints {message!r}"
+    assert len(quoted) >= 10
+
+
+def templates() -> Iterator[str]:
+    """Every text of the programs, as an expression in which values match anything."""
+    for path in (path for program in PROGRAMS for path in (ROOT / program).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [str(part.value) if isinstance(part, ast.Constant) else "" for part in parts]
+            if len("".join(texts)) > 12:
+                yield "".join(re.escape(text) if text else "(?s:.*)" for text in texts)
+    yield from map(re.escape, re.findall(r'and "(.*?)"\)', (ROOT / "Makefile").read_text()))
+
+
+def test_each_dependency_has_its_line_and_its_licence() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    declared = set(re.findall(r'^  "([\w-]+)(?:\[\w+\])?[=>]', project, re.MULTILINE))
+    reasons = (ROOT / "docs" / "decisions" / "dependencies.md").read_text()
+    assert declared == set(re.findall(r"^\| ([\w-]+) \| .+ \|$", reasons, re.MULTILINE)) - {"package"}
+    locked = set(re.findall(r"^([\w.-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    licences = dict(
+        re.findall(r"^\| ([\w.-]+) \| [^|]+ \| (.+) \|$", (ROOT / "docs" / "licences.md").read_text(), re.M)
+    )
+    assert locked == set(licences) - {"package"}
+    assert not {name for name, licence in licences.items() if licence.lower() == "unknown"}
