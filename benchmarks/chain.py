@@ -19,6 +19,7 @@ from typing import Final
 
 from agegender import Item, Predictor
 from agegender.model import DEFAULT_MODEL
+from agegender.predictor import FacesMode
 from benchmarks.images import PHOTOGRAPHS, make_images
 
 WORKLOADS: Final = ("whole", "detect", *PHOTOGRAPHS)
@@ -88,7 +89,7 @@ def _measure(options: argparse.Namespace, round_: int, workload: str, items: Seq
     def add(stage: str, seconds: float) -> None:
         stages_s[stage] += seconds
 
-    faces = "whole" if workload == "whole" else "detect"
+    faces: FacesMode = "whole" if workload == "whole" else "detect"
     predictor = Predictor(options.model, faces=faces, device="cpu", threads=1, on_stage=add)
     for _ in predictor.stream(_until(time.perf_counter() + options.seconds / 4, items)):
         pass  # torch optimizes for the sizes of batches that it meets first

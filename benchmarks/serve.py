@@ -25,7 +25,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from http.client import HTTPConnection
@@ -61,6 +61,9 @@ class Contestant:
     process: psutil.Process
     headers: dict[str, str] = field(default_factory=dict)
     wrap: Callable[[bytes], bytes] = bytes
+
+
+Starter = Callable[[int], AbstractContextManager[Contestant]]  # workers -> the contestant, up
 
 
 @dataclass
@@ -120,7 +123,11 @@ def _start(options: argparse.Namespace, stack: ExitStack) -> tuple[list[Contesta
     if isinstance(python, str):
         names = [name for name in names if name not in RIVALS]
         missing.append(f"- not measured, LitServe and FastAPI: {python}")
-    starters = {"ours": _ours, "stock": _stock, **{name: partial(_rival, name, str(python)) for name in RIVALS}}
+    starters: dict[str, Starter] = {
+        "ours": _ours,
+        "stock": _stock,
+        **{name: partial(_rival, name, str(python)) for name in RIVALS},
+    }
     return [stack.enter_context(starters[name](options.workers)) for name in names], missing
 
 
@@ -140,8 +147,7 @@ def _options() -> argparse.Namespace:
 
 def _image(size: tuple[int, int]) -> bytes:
     """A JPEG with one face, from a public-domain photograph that matplotlib carries."""
-    with get_sample_data("grace_hopper.jpg") as file:
-        portrait = Image.open(file).convert("RGB")
+    portrait = Image.open(str(get_sample_data("grace_hopper.jpg", asfileobj=False))).convert("RGB")
     side = min(size)
     face = portrait.crop((106, 30, 406, 330)).resize((side, side), Image.Resampling.BICUBIC)
     texture = np.random.default_rng(0).integers(90, 160, (size[1] // 8, size[0] // 8, 3), np.uint8)

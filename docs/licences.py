@@ -54,14 +54,12 @@ def _rows(lock: Path) -> Iterator[tuple[str, str, str]]:
 
 def _stated(package: Distribution) -> str:
     """The SPDX expression, or the short text of the old field, or the classifiers; empty where there is none."""
-    fields = package.metadata
-    if expression := fields.get("License-Expression"):
-        return expression
-    text = " ".join((fields.get("License") or "").split())
-    if text and text != "UNKNOWN" and len(text) < 60:
-        return text
-    classifiers = [each for each in fields.get_all("Classifier") or () if each.startswith("License ::")]
-    return ", ".join(each.split(" :: ")[-1] for each in classifiers)
+    expressions, texts, classifiers = (
+        package.metadata.get_all(name) or [] for name in ("License-Expression", "License", "Classifier")
+    )
+    short = [text for text in texts if 0 < len(text) < 60 and text != "UNKNOWN"]
+    said = [each.split(" :: ")[-1] for each in classifiers if each.startswith("License ::")]
+    return ", ".join(expressions or short or said)
 
 
 if __name__ == "__main__":
