@@ -26,6 +26,7 @@ from training.loss import criterion, expected_age, label_targets
 from training.network import AGE_BINS, Logits, create_network
 from training.options import TrainOptions
 from training.run import run
+from training.twin import join
 
 FACES = 60
 
@@ -196,7 +197,7 @@ def test_targets_are_distributions_around_the_label() -> None:
 
 
 @pytest.mark.parametrize(
-    "backbone", ["face_resnet", "resnet34", "resnet50", "efficientnet_lite0", "mobilenetv3_small_050"]
+    "backbone", ["face_resnet", "twin", "resnet34", "resnet50", "efficientnet_lite0", "mobilenetv3_small_050"]
 )
 def test_backbones(backbone: str) -> None:
     network = create_network(backbone, pretrained=False, dropout=0.1, drop_path=0.0).eval()
@@ -291,7 +292,11 @@ def test_other_options_do_not_resume_a_run(options: TrainOptions) -> None:
 def test_distillation_and_checkpoint_start_from_an_earlier_run(options: TrainOptions, tmp_path: Path) -> None:
     run(options)
     student = replace(
-        options, out_dir=tmp_path / "student", teacher=(options.out_dir,), checkpoint=options.out_dir / BEST, epochs=1
+        options,
+        out_dir=tmp_path / "student",
+        teacher=(options.out_dir,),
+        checkpoint=(options.out_dir / BEST,),
+        epochs=1,
     )
     assert run(student).exists()
     with pytest.raises(ValueError, match="not the folder of a finished run"):
@@ -328,7 +333,7 @@ def test_standardized_weights_compute_the_same_and_suit_training(lfw_faces: np.n
     chips = (chips.permute(0, 3, 1, 2).float() - 120) / 256
     with torch.no_grad():
         before = backbone(chips)
-        standardize(backbone, chips)
+        standardize(backbone, backbone, chips)
         assert torch.allclose(backbone(chips), before, atol=1e-3)
         assert torch.nn.functional.cosine_similarity(backbone.train()(chips), before).min() > 0.99
 
@@ -344,6 +349,34 @@ def test_the_deployed_network_answers_like_the_trained_one(lfw_faces: np.ndarray
     spread = exact.age.std()
     assert (coarse.age - exact.age).abs().mean() < 0.1 * spread
     assert (coarse.age - exact.age).abs().max() > 0
+
+
+def test_twins_logits_are_the_mean_of_both_networks(lfw_faces: np.ndarray) -> None:
+    chips = torch.stack([torch.from_numpy(cv2.resize(face, (128, 128))) for face in lfw_faces[:16]]).permute(0, 3, 1, 2)
+    lite, face = (
+        create_network(name, pretrained=True, dropout=0.0, drop_path=0.0).eval()
+        for name in ("efficientnet_lite0", "face_resnet")
+    )
+    twin = create_network("twin", pretrained=False, dropout=0.0, drop_path=0.0).eval()
+    twin.load_state_dict(join(lite.state_dict(), face.state_dict()))
+    with torch.no_grad():
+        for both, one, other in zip(twin(chips), lite(chips), face(chips), strict=True):
+            assert torch.allclose(both, (one + other) / 2, atol=1e-3)
+
+
+def test_twins_become_one_artifact(options: TrainOptions, tmp_path: Path) -> None:
+    parts = []
+    for name in ("efficientnet_lite0", "face_resnet"):
+        parts.append(tmp_path / f"{name}.pt")
+        network = create_network(name, pretrained=True, dropout=0.0, drop_path=0.0)
+        torch.save(network.state_dict(), parts[-1])
+    path = run(replace(options, backbone="twin", checkpoint=tuple(parts), epochs=0, mirror=False))
+    model = Model(path, device="cpu")
+    assert model.spec.backbone == "twin"
+    assert path.stat().st_size < 25e6
+    assert np.isfinite(model.predict(np.zeros((2, 96, 96, 3), np.uint8)).age).all()
+    with pytest.raises(ValueError, match="twin two"):
+        replace(options, backbone="twin", checkpoint=(parts[0],))
 
 
 def test_a_backbone_that_cannot_be_quantized_is_refused_before_training() -> None:

@@ -15,7 +15,11 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["FaceResNet", "load_packaged_weights", "standardize"]
+__all__ = ["FACE_MEAN", "FACE_STD", "FaceResNet", "load_packaged_weights", "standardize"]
+
+# What the packaged weights were trained with, in grey levels of red, green and blue.
+FACE_MEAN: Final = [122.782, 117.001, 104.298]
+FACE_STD: Final = [256.0] * 3
 
 _STAGES: Final = ((32, 1, 1, 1), (64, 2, 1, 1, 1), (128, 2, 1, 1), (256, 2, 1, 1, 2))  # width, stride of each block
 
@@ -121,7 +125,7 @@ def _next_run(data: bytes, start: int, count: int) -> tuple[Tensor, int]:
 
 
 @torch.inference_mode()
-def standardize(backbone: FaceResNet, chips: Tensor) -> None:
+def standardize(backbone: FaceResNet, network: nn.Module, chips: Tensor) -> None:
     """Gives each normalization the statistics of its input, which dlib's file lacks, without changing any output.
 
     Afterwards the network behaves in training, where the statistics are the batch's, as it does in evaluation; and each
@@ -129,7 +133,8 @@ def standardize(backbone: FaceResNet, chips: Tensor) -> None:
 
     Args:
         backbone: with loaded weights; changed in place.
-        chips: (N, 3, S, S) float32, a sample of normalized chips.
+        network: which it is a part of, or itself.
+        chips: a sample of what the network takes.
     """
 
     def adopt(convolution: nn.Conv2d, norm: nn.BatchNorm2d, output: Tensor) -> Tensor:
@@ -147,6 +152,6 @@ def standardize(backbone: FaceResNet, chips: Tensor) -> None:
         convolution.register_forward_hook(lambda module, _, output, norm=norm: adopt(module, norm, output))
         for convolution, norm in backbone.normalized_convolutions()
     ]
-    backbone.eval()(chips)
+    network.eval()(chips)
     for hook in hooks:
         hook.remove()

@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from training.data import MAX_AGE_YEARS
-from training.face_resnet import FaceResNet, load_packaged_weights
+from training.face_resnet import FACE_MEAN, FACE_STD, FaceResNet, load_packaged_weights
+from training.twin import TwinBackbone
 
 __all__ = ["AGE_BINS", "Logits", "Network", "create_network"]
 
 AGE_BINS: Final = MAX_AGE_YEARS + 1  # one per year, 0 to 116
+
+# What the packaged weights of EfficientNet-Lite0 were trained with, in grey levels.
+_LITE0_MEAN: Final = [127.0] * 3
+_LITE0_STD: Final = [128.0] * 3
 
 
 class Logits(NamedTuple):
@@ -44,8 +49,8 @@ class Network(nn.Module):
         return Logits(self.age_head(features), self.gender_head(features))
 
     def normalize(self, chips: Tensor) -> Tensor:
-        """(N, 3, S, S) uint8 RGB -> float32 as the backbone's weights were trained with."""
-        return (chips.float() - self.mean) / self.std
+        """(N, 3, S, S) uint8 RGB -> float as the backbone's weights were trained with."""
+        return (chips.to(self.mean.dtype) - self.mean) / self.std
 
 
 def create_network(name: str, *, pretrained: bool, dropout: float, drop_path: float) -> Network:
@@ -55,20 +60,27 @@ def create_network(name: str, *, pretrained: bool, dropout: float, drop_path: fl
         ValueError: no such backbone, or its weights cannot be had.
     """
     if name == "face_resnet":
-        backbone = _face_resnet(pretrained, drop_path)
-        mean, std = [122.782, 117.001, 104.298], [256.0] * 3  # what these weights were trained with
+        backbone, mean, std = _face_resnet(pretrained, drop_path), FACE_MEAN, FACE_STD
     elif name == "efficientnet_lite0":
-        backbone = timm.create_model("tf_efficientnet_lite0", num_classes=0, drop_path_rate=drop_path)
-        if pretrained:
-            _load_packaged_lite0(backbone)
-        mean, std = [127.0] * 3, [128.0] * 3  # what these weights were trained with
+        backbone, mean, std = _lite0(pretrained, drop_path), _LITE0_MEAN, _LITE0_STD
+    elif name == "twin":
+        branches = _lite0(pretrained, drop_path), _face_resnet(pretrained, drop_path)
+        mean, std = _LITE0_MEAN, _LITE0_STD
+        backbone = TwinBackbone(*branches, mean=mean, std=std)
     else:
         backbone = _timm_backbone(name, pretrained, drop_path)
         mean, std = ([255 * value for value in backbone.pretrained_cfg[key]] for key in ("mean", "std"))
     return Network(backbone, mean=mean, std=std, dropout=dropout)
 
 
-def _face_resnet(pretrained: bool, drop_path: float) -> nn.Module:
+def _lite0(pretrained: bool, drop_path: float) -> Any:
+    backbone = timm.create_model("tf_efficientnet_lite0", num_classes=0, drop_path_rate=drop_path)
+    if pretrained:
+        _load_packaged_lite0(backbone)
+    return backbone
+
+
+def _face_resnet(pretrained: bool, drop_path: float) -> FaceResNet:
     backbone = FaceResNet(drop_path=drop_path)
     if pretrained:
         load_packaged_weights(backbone)
@@ -78,7 +90,7 @@ def _face_resnet(pretrained: bool, drop_path: float) -> nn.Module:
 def _timm_backbone(name: str, pretrained: bool, drop_path: float) -> Any:
     if not timm.is_model(name):
         raise ValueError(
-            f"unknown backbone {name}; take face_resnet, efficientnet_lite0, resnet18, resnet34, resnet50 "
+            f"unknown backbone {name}; take face_resnet, efficientnet_lite0, twin, resnet18, resnet34, resnet50 "
             "or another timm name"
         )
     try:

@@ -22,7 +22,7 @@ class TrainOptions:
     """Cut chips are kept here between runs."""
 
     backbone: str = "face_resnet"
-    """face_resnet, efficientnet_lite0, resnet18, resnet34, resnet50, or any timm name."""
+    """face_resnet, efficientnet_lite0, twin (both side by side), resnet18, resnet34, resnet50, or any timm name."""
     pretrained: bool = True
     """Start from pretrained weights: packaged ones for face_resnet (faces) and efficientnet_lite0 (ImageNet), else
     timm's from their hub."""
@@ -32,7 +32,7 @@ class TrainOptions:
     """Distil from these finished runs, averaged: the out_dirs of networks of any backbone."""
     teacher_weight: float = 0.5
     """Share of the teachers in the labels, 0 to 1."""
-    size: int = 128
+    size: int = 160
     """Side of the chip that the exported network sees, in pixels."""
     margin: float = 0.0
     """How far chips reach beyond the face template on each side, as a share of its side."""
@@ -40,7 +40,7 @@ class TrainOptions:
     """Train the first third of the epochs at 3/4 of size, then up to three quarters of them at 7/8: it is faster."""
 
     epochs: int = 20
-    """Passes over the training split."""
+    """Passes over the training split; 0 only calibrates, measures and exports what --checkpoint holds."""
     batch_size: int = 64
     """Chips per optimizer step, over all workers together."""
     lr: float = 1.2e-3
@@ -99,13 +99,19 @@ class TrainOptions:
     """Licence of the weights that the artifact states."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr", "size", "workers"):
+        if self.epochs < 0 or (self.epochs == 0 and not self.checkpoint):
+            raise ValueError("epochs must be above 0, or 0 with a checkpoint")
+        if self.checkpoint and len(self.checkpoint) != (2 if self.backbone == "twin" else 1):
+            raise ValueError(
+                "checkpoint takes one file, or for the backbone twin two: efficientnet_lite0's, face_resnet's"
+            )
+        for name in ("batch_size", "lr", "size", "workers"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
         if self.size % 32:
             raise ValueError(f"size must be a multiple of 32, not {self.size}")
-        if self.backbone == "face_resnet" and self.size < 96:
-            raise ValueError(f"face_resnet needs chips of at least 96 pixels, not {self.size}")
+        if self.backbone in ("face_resnet", "twin") and self.size < 96:
+            raise ValueError(f"{self.backbone} needs chips of at least 96 pixels, not {self.size}")
         if self.batch_size % self.workers:
             raise ValueError(f"batch_size {self.batch_size} cannot be shared equally by {self.workers} workers")
         if self.max_per_gender is not None and not self.balanced_by_gender:

@@ -26,11 +26,12 @@ from training.distill import taught
 from training.evaluate import evaluate, predict_chips
 from training.export import export
 from training.face_resnet import FaceResNet, standardize
-from training.loop import BEST, predict_logits, read_curve, train
+from training.loop import BEST, predict_logits, read_curve, save_whole, train
 from training.loss import Targets, label_targets
 from training.metrics import Scored, measure
 from training.network import Network, create_network
 from training.options import TrainOptions
+from training.twin import join
 
 __all__ = ["run"]
 
@@ -57,7 +58,9 @@ def run(options: TrainOptions) -> Path:
     faces = load_faces(options)
     _report_faces(faces, options.out_dir)
     network = _initial_network(options, faces)
-    if options.workers > 1:
+    if options.epochs == 0:
+        save_whole(network.state_dict(), options.out_dir / BEST)
+    elif options.workers > 1:
         # Ray reads these when it is imported: nothing is sent anywhere, and nothing listens beyond this machine.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if "RAY_ADDRESS" not in os.environ:
@@ -129,19 +132,27 @@ def _write_rejected(rejected: Rejected, path: Path) -> None:
 def _initial_network(options: TrainOptions, faces: Faces) -> Network:
     network = create_network(
         options.backbone,
-        pretrained=options.pretrained and options.checkpoint is None,
+        pretrained=options.pretrained and not options.checkpoint,
         dropout=options.dropout,
         drop_path=options.drop_path,
     )
-    if options.checkpoint is not None:
-        try:
-            network.load_state_dict(torch.load(options.checkpoint, weights_only=True, map_location="cpu"))
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{options.checkpoint} holds no weights of {options.backbone}: {error}") from error
-    elif options.pretrained and isinstance(network.backbone, FaceResNet):
-        standardize(network.backbone, network.normalize(_sample(faces, options)))
     check_precision(network, options.precision)
+    if options.checkpoint:
+        _load_checkpoint(network, options)
+    elif options.pretrained:
+        for part in network.modules():
+            if isinstance(part, FaceResNet):
+                standardize(part, network, _sample(faces, options))
     return network
+
+
+def _load_checkpoint(network: Network, options: TrainOptions) -> None:
+    try:
+        states = [torch.load(path, weights_only=True, map_location="cpu") for path in options.checkpoint]
+        network.load_state_dict(join(*states) if options.backbone == "twin" else states[0])
+    except (OSError, RuntimeError, KeyError) as error:
+        names = ", ".join(map(str, options.checkpoint))
+        raise ValueError(f"{names}: no weights of {options.backbone} ({error})") from error
 
 
 def _sample(faces: Faces, options: TrainOptions) -> Tensor:
@@ -172,8 +183,9 @@ def _finish(network: Network, faces: Faces, options: TrainOptions) -> Path:
     figures = measure(Scored.of([sample.labels for sample in test], predictions))
     metrics = {name: round(figure.value, 4) for name, figure in figures.items()}
     export(deployed, calibration, dataclasses.replace(spec, metrics={"pictures": len(test), **metrics}), path)
+    curve = read_curve(options.out_dir) if options.epochs else []
     print("test split:")
-    evaluate(Model(path, device="cpu"), test, faces.chips, options.out_dir, curve=read_curve(options.out_dir))
+    evaluate(Model(path, device="cpu"), test, faces.chips, options.out_dir, curve=curve)
     print(f"artifact: {path}")
     return path
 
