@@ -59,6 +59,7 @@ def create_network(name: str, *, pretrained: bool, dropout: float, drop_path: fl
     Raises:
         ValueError: no such backbone, or its weights cannot be had.
     """
+    backbone: Any
     if name == "face_resnet":
         backbone, mean, std = _face_resnet(pretrained, drop_path), FACE_MEAN, FACE_STD
     elif name == "efficientnet_lite0":

@@ -26,8 +26,9 @@ class TrainOptions:
     pretrained: bool = True
     """Start from pretrained weights: packaged ones for face_resnet (faces) and efficientnet_lite0 (ImageNet), else
     timm's from their hub."""
-    checkpoint: Path | None = None
-    """Start from these weights instead: the best.pt of an earlier run with the same backbone."""
+    checkpoint: tuple[Path, ...] = ()
+    """Start from these weights: the best.pt of an earlier run with the same backbone; for twin, that of a run with
+    efficientnet_lite0 and that of one with face_resnet."""
     teacher: tuple[Path, ...] = ()
     """Distil from these finished runs, averaged: the out_dirs of networks of any backbone."""
     teacher_weight: float = 0.5

@@ -29,7 +29,7 @@ class TwinBackbone(nn.Module):
         super().__init__()
         self.lite, self.face = lite, face
         self.lite_size: int = _LITE_SIZE
-        self.head_hidden_size: int = lite.head_hidden_size + face.head_hidden_size  # type: ignore[operator]
+        self.head_hidden_size = int(lite.head_hidden_size) + face.head_hidden_size  # type: ignore[arg-type]  # timm's
         own_mean, own_std, to_mean, to_std = (
             torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std, FACE_MEAN, FACE_STD)
         )
