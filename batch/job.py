@@ -138,7 +138,7 @@ def _configure(output: Output) -> None:
     context.execution_no_progress_timeout_s = _STUCK_S
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised, and told in a sentence
 
 
 def _explain(error: Exception) -> str:
