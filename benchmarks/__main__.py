@@ -59,7 +59,7 @@ SCRIPTS: Final = {
     "footprint": Script("What it takes to have it", ("--rounds", "1"), ("photos_dir", "peer_python", "setup")),
     "batch": Script(
         "The batch job beside others",
-        ("--rounds", "1", "--seconds", "3", "--limit", "200", "--workloads", "whole", "1 MP"),
+        ("--rounds", "1", "--seconds", "3", "--limit", "200", "--workloads", "whole"),
         ("data_dir", "photos_dir", "peer_python"),
     ),
     "serve": Script(

@@ -335,13 +335,13 @@ def _goal_lines(sources: dict[str, list[Path]], results: Sequence[Measurement]) 
             if ours and theirs:
                 pairs = zip(ours, theirs, strict=True)
                 ratio = statistics.median(own.images_per_s / other.images_per_s for own, other in pairs)
-                lines.append(f"{workload}: {ratio:.2f} x {rival}, goal {goal:g}: {_verdict(ratio >= goal)}")
+                lines.append(f"- {workload}: {ratio:.2f} x {rival}, goal {goal:g}: {_verdict(ratio >= goal)}")
     starts = [each.first_result_s for each in results if each.first_result_s is not None]
     if starts:
         median = statistics.median(starts)
         verdict = _verdict(median <= STARTUP_GOAL_S)
         lines.append(
-            f"command to first result: {median:.1f} s ({min(starts):.1f}-{max(starts):.1f}), goal 8: {verdict}"
+            f"- command to first result: {median:.1f} s ({min(starts):.1f}-{max(starts):.1f}), goal 8: {verdict}"
         )
     return lines
 
