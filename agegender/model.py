@@ -197,6 +197,7 @@ def _load(path: Path, device: torch.device) -> tuple[ModelSpec, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and still runs it
+            _hear_out_quantization()
             # First to the CPU: 8-bit weights can be unpacked nowhere else, and only the others move on.
             module = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)  # type: ignore[no-untyped-call]
             if not extra[SPEC_FILE]:
@@ -206,3 +207,12 @@ def _load(path: Path, device: torch.device) -> tuple[ModelSpec, Any]:
             return spec, torch.jit.freeze(module.eval())
     except RuntimeError as error:
         raise ModelLoadError(f"{path} is not a TorchScript file that this torch can load") from error
+
+
+def _hear_out_quantization() -> None:
+    """Lets torch deprecate its 8-bit tensors where it is not heard.
+
+    It does so once in a process, and from inside TorchScript it would write to stderr, past Python's filters.
+    """
+    warnings.simplefilter("ignore", UserWarning)
+    torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
