@@ -51,7 +51,7 @@ class Predictor:
         min_score: float = 0.6,
         max_faces: int = 100,
         max_pixels: int = DEFAULT_MAX_PIXELS,
-        batch_size: int = 32,
+        batch_size: int = 16,
         device: str = "auto",
         threads: int | None = None,
         detector_weights: bytes | None = None,

@@ -43,7 +43,7 @@ class Scorer:
         self._input = ""
         self._predictor = options.predictor(
             RemoteModel(list(models)) if models else load_model(model, device="cpu"),
-            batch_size=BATCH_SIZE if models else 32,
+            batch_size=BATCH_SIZE if models else 16,
             threads=1,
             on_stage=self._on_stage,
         )

@@ -50,7 +50,7 @@ class Network(nn.Module):
 
     def normalize(self, chips: Tensor) -> Tensor:
         """(N, 3, S, S) uint8 RGB -> float as the backbone's weights were trained with."""
-        return (chips.to(self.mean.dtype) - self.mean) / self.std
+        return (chips.to(self.mean.dtype) - self.mean).div_(self.std)
 
 
 def create_network(name: str, *, pretrained: bool, dropout: float, drop_path: float) -> Network:

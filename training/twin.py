@@ -40,7 +40,7 @@ class TwinBackbone(nn.Module):
         """Returns the features of both branches, EfficientNet-Lite0's first."""
         size = [self.lite_size, self.lite_size]
         small = F.interpolate(chips, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return torch.cat((self.lite(small), self.face(chips * self.gain + self.shift)), dim=1)
+        return torch.cat((self.lite(small), self.face((chips * self.gain).add_(self.shift))), dim=1)
 
 
 def join(lite: dict[str, Any], face: dict[str, Any]) -> dict[str, Any]:
