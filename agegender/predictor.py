@@ -70,7 +70,7 @@ class Predictor:
             device: where the network runs: auto, cpu, cuda or cuda:N.
             threads: bounds the threads of torch and OpenCV, for this whole process; None leaves them as they are.
             detector_weights: see `FaceDetector`.
-            on_stage: called with `decode`, `detect`, `cut` or `predict` and its duration in seconds, whenever one has run.
+            on_stage: called with `decode`, `detect`, `cut` or `predict` and its seconds, whenever one has run.
 
         Raises:
             ModelLoadError: the artifact or the detector's weights cannot be used.
