@@ -2,6 +2,7 @@
 
 import html
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Evaluation", "write_report"]
 
 _WORST: Final = 24
+_PLOTS_A_ROW: Final = 3
 _BLUE, _ROSE, _GREY = "#2f6fed", "#c2347e", "#8a8f98"
 
 _PAGE: Final = """<!doctype html>
@@ -176,19 +178,32 @@ def _bands(scored: Scored) -> list[tuple[str, np.ndarray]]:
 
 
 def _robustness(curves: dict[str, Curve]) -> str:
+    names = list(curves)
+    plots = [
+        _robustness_plots({name: curves[name] for name in names[at : at + _PLOTS_A_ROW]})
+        for at in range(0, len(names), _PLOTS_A_ROW)
+    ]
+    rows = [
+        (name, f"{level:g}", *("-" if math.isnan(value) else text for value, text in _robustness_texts(values)))
+        for name, curve in curves.items()
+        for level, values in curve.items()
+    ]
+    return "".join(plots) + _table(("corruption", "level", "age MAE, years", "gender accuracy", "face found"), rows)
+
+
+def _robustness_texts(values: tuple[float, float, float]) -> list[tuple[float, str]]:
+    mae, accuracy, found = values
+    return [(mae, f"{mae:.2f}"), (accuracy, f"{accuracy:.1%}"), (found, f"{found:.1%}")]
+
+
+def _robustness_plots(curves: dict[str, Curve]) -> str:
     def draw(axes: "Sequence[Axes]") -> None:
         for axis, (name, curve) in zip(axes, curves.items(), strict=True):
             levels = [f"{level:g}" for level in curve]
             axis.plot(levels, [values[0] for values in curve.values()], marker="o", color=_BLUE)
             axis.set(xlabel=name, ylabel="age MAE, years", ylim=(0, None))
 
-    rows = [
-        (name, f"{level:g}", f"{mae:.2f}", f"{accuracy:.1%}", f"{found:.1%}")
-        for name, curve in curves.items()
-        for level, (mae, accuracy, found) in curve.items()
-    ]
-    head = ("corruption", "level", "age MAE, years", "gender accuracy", "face found")
-    return _svg(len(curves), draw, height=2.8) + _table(head, rows)
+    return _svg(len(curves), draw, height=3.2)
 
 
 def _worst(result: Evaluation) -> str:
