@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -240,23 +240,14 @@ def _order_name(descending: bool) -> str:
 
 def _show_export(scores: Scores, numbers: Rows, *, chosen: bool, total: int) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.download_button(
-            "CSV",
-            lambda: to_csv(scores.rows(numbers)),
-            "selection.csv",
-            "text/csv",
-            on_click="ignore",
-            icon=":material/download:",
-        )
-        st.download_button(
-            "Parquet",
-            lambda: _to_parquet(scores.rows(numbers)),
-            "selection.parquet",
-            "application/vnd.apache.parquet",
-            on_click="ignore",
-            icon=":material/download:",
-        )
+        _download("CSV", lambda: to_csv(scores.rows(numbers)), "text/csv")
+        _download("Parquet", lambda: _to_parquet(scores.rows(numbers)), "application/vnd.apache.parquet")
         st.caption(f"{len(numbers):,} {'chosen' if chosen else 'filtered'} of {total:,} rows", width="content")
+
+
+def _download(kind: str, content: Callable[[], bytes | str], mime: str) -> None:
+    """A button that makes its file when it is pressed."""
+    st.download_button(kind, content, f"selection.{kind.lower()}", mime, on_click="ignore", icon=":material/download:")
 
 
 def _to_parquet(table: pa.Table) -> bytes:

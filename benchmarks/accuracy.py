@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +31,7 @@ from tqdm import tqdm
 from agegender import ImageResult, Item, Predictor
 from agegender.model import DEFAULT_MODEL
 from benchmarks.environment import make_environment
+from benchmarks.outputs import add_output_options, write_outputs
 from benchmarks.peer import PEER
 from training.data import MAX_AGE_YEARS, Sample, scan
 from training.dataset import read_splits, splits_path
@@ -90,10 +91,7 @@ def main() -> None:
     rows = list(_compare(test, answers, guess["guess: median age"]))
     report = "\n".join(_report(options, rows, missing))
     print(report)
-    if options.markdown:
-        options.markdown.write_text(report + "\n")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    write_outputs(options, report, rows)
 
 
 def _options() -> argparse.Namespace:
@@ -103,8 +101,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="at most so many pictures, to see that all of it works")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=COMMAND", help="one more contestant")
     parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--markdown", type=Path, help="write the tables there")
+    add_output_options(parser)
     options = parser.parse_args()
     if wrong := [each for each in options.also if "=" not in each]:
         parser.error(f"--also takes NAME=COMMAND, not {wrong[0]!r}")

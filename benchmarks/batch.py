@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +32,7 @@ import psutil
 
 from benchmarks.environment import make_environment
 from benchmarks.images import PHOTOGRAPHS, make_images
+from benchmarks.outputs import add_output_options, write_outputs
 from benchmarks.peer import PEER
 
 SAMPLED_S: Final = 0.2
@@ -101,10 +102,7 @@ def main() -> None:
         results = list(_measure(bench, sources))
     report = _report(bench, sources, results)
     print(report)
-    if options.markdown:
-        options.markdown.write_text(report + "\n")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(each) for each in results], indent=1) + "\n")
+    write_outputs(options, report, results)
 
 
 def _options() -> argparse.Namespace:
@@ -119,8 +117,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/utkface"), help="aligned chips of faces")
     parser.add_argument("--photos-dir", type=Path, default=Path("../shared/photos"), help="photographs")
     parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
-    parser.add_argument("--json", type=Path, help="write every measurement there")
-    parser.add_argument("--markdown", type=Path, help="write the tables there")
+    add_output_options(parser)
     options = parser.parse_args()
     if "bare" not in options.only:
         parser.error("--only needs bare, which the others are compared with")

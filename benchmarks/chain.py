@@ -7,13 +7,12 @@ images, so that the network's batches are full. Figures are medians over the rou
 
 import argparse
 import itertools
-import json
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +20,7 @@ from agegender import Item, Predictor
 from agegender.model import DEFAULT_MODEL
 from agegender.predictor import FacesMode
 from benchmarks.images import PHOTOGRAPHS, make_images
+from benchmarks.outputs import add_output_options, write_outputs
 
 WORKLOADS: Final = ("whole", "detect", *PHOTOGRAPHS)
 STAGES: Final = ("decode", "detect", "cut", "predict")
@@ -63,10 +63,7 @@ def main() -> None:
     results = [_measure(options, round_, workload, items) for round_, (workload, items) in rounds]
     report = "\n".join(_report(results))
     print(report)
-    if options.markdown:
-        options.markdown.write_text(report + "\n")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(each) for each in results], indent=1) + "\n")
+    write_outputs(options, report, results)
 
 
 def _options() -> argparse.Namespace:
@@ -78,8 +75,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/utkface"), help="aligned chips of faces")
     parser.add_argument("--photos-dir", type=Path, default=Path("../shared/photos"), help="photographs")
-    parser.add_argument("--json", type=Path, help="write every measurement there")
-    parser.add_argument("--markdown", type=Path, help="write the tables there")
+    add_output_options(parser)
     return parser.parse_args()
 
 

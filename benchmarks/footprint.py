@@ -6,7 +6,6 @@ photograph of one megapixel: the time from the command to the answer, and the mo
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Final
@@ -25,6 +24,7 @@ import psutil
 from agegender.model import DEFAULT_MODEL
 from benchmarks.environment import make_environment
 from benchmarks.images import make_images
+from benchmarks.outputs import add_output_options, write_outputs
 from benchmarks.peer import PEER
 from handler.archive import build_archive
 
@@ -55,10 +55,7 @@ def main() -> None:
         results = list(_measure(options, Path(name)))
     report = "\n".join(["| what | of | |", "|---|---|---|", *map(_line, results)])
     print(report)
-    if options.markdown:
-        options.markdown.write_text(report + "\n")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(each) for each in results], indent=1) + "\n")
+    write_outputs(options, report, results)
 
 
 def _options() -> argparse.Namespace:
@@ -68,8 +65,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
     parser.add_argument("--photos-dir", type=Path, default=Path("../shared/photos"), help="photographs")
     parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--markdown", type=Path, help="write the table there")
+    add_output_options(parser)
     return parser.parse_args()
 
 

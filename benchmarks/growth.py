@@ -34,6 +34,7 @@ from batch.listing import Input, blocks_of, digest
 from batch.output import Output, Run, now
 from batch.publish import committed_parts, publish
 from batch.scorer import BLOCK_SCHEMA
+from benchmarks.outputs import add_output_options, write_outputs
 
 CHIPS: Final = 200
 CHIP_PX: Final = 64
@@ -79,11 +80,8 @@ def main() -> None:
     simulated = _aside(_manifest, options.names) | _aside(_publishing, options.parts)
     report = "\n".join([*_table(measured), "", *_extrapolated(simulated)])
     print(report)
-    if options.markdown:
-        options.markdown.write_text(report + "\n")
-    if options.json:
-        figures = {"runs": [asdict(each) for each in measured], "simulated": simulated}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    figures = {"runs": [asdict(each) for each in measured], "simulated": simulated}
+    write_outputs(options, report, figures)
 
 
 def _options() -> argparse.Namespace:
@@ -95,8 +93,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--parts", type=int, default=500, help="parts of the simulated output")
     parser.add_argument("--workers", type=int, default=psutil.cpu_count(), help="processes (default: the cores)")
     parser.add_argument("--tmp", type=Path, help="where the directories are made (default: the system's)")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    add_output_options(parser)
     return parser.parse_args()
 
 

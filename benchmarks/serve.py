@@ -26,7 +26,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPConnection
 from importlib.util import find_spec
@@ -42,6 +42,7 @@ from PIL import Image
 from agegender import Predictor
 from agegender.model import DEFAULT_MODEL
 from benchmarks.environment import make_environment
+from benchmarks.outputs import add_output_options, write_outputs
 from handler.archive import build_archive
 from handler.server import Server, copy_settings
 
@@ -102,12 +103,9 @@ def main() -> None:
                     _paced(each, image_name, image, name, 0.8 * at_8[each.name].requests_per_s, options.seconds)
                     for each in rivals
                 )
-    if options.json:
-        options.json.write_text(json.dumps([asdict(each) for each in results], indent=1))
     lines = [_intro(options), "", *_HEAD, *map(_row, results), "", *_summary(results), *missing]
     print("\n".join(["", *_summary(results), *missing]))
-    if options.markdown:
-        options.markdown.write_text("\n".join(lines) + "\n")
+    write_outputs(options, "\n".join(lines), results)
 
 
 def _start(options: argparse.Namespace, stack: ExitStack) -> tuple[list[Contestant], list[str]]:
@@ -140,8 +138,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20, help="per figure, after a warm-up of a fifth")
     parser.add_argument("--workers", type=int, default=psutil.cpu_count(), help="per server (default: the cores)")
     parser.add_argument("--rivals-python", type=Path, help="an interpreter that has LitServe, FastAPI and the project")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--markdown", type=Path, help="write the table there")
+    add_output_options(parser)
     return parser.parse_args()
 
 

@@ -58,6 +58,8 @@ def test_names_that_are_no_benchmark_are_refused(capsys: pytest.CaptureFixture[s
 def test_every_script_exists_and_knows_what_it_is_given(repository: Path) -> None:
     for name, script in bench.SCRIPTS.items():
         text = (repository / "benchmarks" / f"{name}.py").read_text()
+        if "add_output_options(parser)" in text:
+            text += (repository / "benchmarks" / "outputs.py").read_text()
         hidden = ("markdown", "json") if script.reports else ()
         options = [option for option in script.quick if option.startswith("--")]
         wanted = [*options, *(f"--{each.replace('_', '-')}" for each in (*script.takes, *hidden))]
