@@ -19,7 +19,9 @@ from agegender.image import DEFAULT_MAX_PIXELS, Pixels, read_header
 from agegender.model import DEFAULT_MODEL, Model
 from agegender.result import Box, FacePrediction, ImageResult, Item, as_items
 
-__all__ = ["FacesMode", "Predictor"]
+__all__ = ["DEFAULT_BATCH_SIZE", "FacesMode", "Predictor"]
+
+DEFAULT_BATCH_SIZE: Final = 16  # chips; what more of them need does not fit the caches of a CPU
 
 FacesMode = Literal["detect", "whole"]
 
@@ -51,7 +53,7 @@ class Predictor:
         min_score: float = 0.6,
         max_faces: int = 100,
         max_pixels: int = DEFAULT_MAX_PIXELS,
-        batch_size: int = 16,
+        batch_size: int = DEFAULT_BATCH_SIZE,
         device: str = "auto",
         threads: int | None = None,
         detector_weights: bytes | None = None,

@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from agegender import AgeGenderError, ImageResult, Item, Predictor
 from agegender.image import quiet_pillow
+from agegender.predictor import DEFAULT_BATCH_SIZE
 from agegender.records import arrow_schema, to_rows
 from batch.gpu import BATCH_SIZE, RemoteModel, load_model
 from batch.location import FileTooLargeError, read_bytes
@@ -43,7 +44,7 @@ class Scorer:
         self._input = ""
         self._predictor = options.predictor(
             RemoteModel(list(models)) if models else load_model(model, device="cpu"),
-            batch_size=BATCH_SIZE if models else 16,
+            batch_size=BATCH_SIZE if models else DEFAULT_BATCH_SIZE,
             threads=1,
             on_stage=self._on_stage,
         )
