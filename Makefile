@@ -12,7 +12,7 @@ FACES ?= detect
 MODEL ?= model_store/agegender.pt
 DATA ?=
 ARGS ?=
-CPU_INDEX ?=
+CPU ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup app batch report train evaluate archive serve stop stubs screenshots test test-slow bench licences check format lock clean
@@ -21,14 +21,13 @@ help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
 		while IFS="$$(printf '\t')" read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
 
-setup: $(READY) ## Install the locked packages into .venv (other targets do it when needed): CPU_INDEX=URL
+setup: $(READY) ## Install the locked packages into .venv (other targets do it when needed); CPU=1 leaves CUDA out
 
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "agegender needs Python 3.10 or newer; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(if $(CPU_INDEX),grep -vE '^(nvidia|cuda|triton)' requirements.txt > $(VENV)/requirements.txt)
-	$(BIN)/pip install --quiet --disable-pip-version-check \
-		$(if $(CPU_INDEX),--extra-index-url "$(CPU_INDEX)" -r $(VENV)/requirements.txt,-r requirements.txt)
+	$(if $(CPU),grep -vE '^(nvidia|cuda|triton)' requirements.txt > $(VENV)/requirements.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r $(if $(CPU),$(VENV)/)requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@java=$$($(BIN)/python -m handler java) && ln -sf "$$java" $(BIN)/java
 	@touch $@

@@ -31,7 +31,7 @@ NOT_OURS = (".git", ".venv", "config.properties", "examples", "key_file.json", "
 RUN = ("-m agegender examples", "make batch SRC=", "make app", "make serve")
 NOT_RUN = {
     "make batch   #": "`.ci/run` runs it and `make test` from a clean clone",
-    "make setup CPU_INDEX=": "the index of CPU wheels is not to be reached from everywhere; its call is looked at",
+    "make setup CPU=": "the index of CPU wheels is not to be reached from everywhere; its call is looked at",
     "make train": "it takes an hour; tests/test_training.py trains on a few faces, and its call is looked at",
     "make bench": "it takes an hour; tests/test_benchmarks.py runs the program on little",
     "make check": "`.ci/run` runs it and `make test`",
@@ -156,13 +156,13 @@ def test_training_takes_the_options_that_are_shown() -> None:
 
 
 def test_setup_without_cuda_leaves_out_what_it_says() -> None:
-    done = run(["make", "-n", "-W", "requirements.txt", "setup", "CPU_INDEX=file:///wheels"], ROOT)
+    done = run(["make", "-n", "-W", "requirements.txt", "setup", "CPU=1"], ROOT)
     (grep,) = re.findall(r"grep -vE '(.*)'", done.stdout)
     names = [line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line]
     left_out = [name for name in names if re.match(grep, name)]
     assert any(name.startswith("nvidia-") for name in left_out)
     assert "torch" not in left_out
-    assert '--extra-index-url "file:///wheels"' in done.stdout
+    assert "-r .venv/requirements.txt" in done.stdout
 
 
 @pytest.mark.parametrize("call", [line for block in blocks("sh") for line in block.splitlines() if line[:5] == "make "])
