@@ -117,12 +117,6 @@ def shared_data() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def utkface(shared_data: Callable[[str], Path]) -> Path:
-    """The folder of aligned UTKFace chips, where it lies beside the repository."""
-    return shared_data("utkface")
-
-
-@pytest.fixture(scope="session")
 def photos(shared_data: Callable[[str], Path]) -> Path:
     """The folder of everyday photographs, where it lies beside the repository."""
     return shared_data("photos")
