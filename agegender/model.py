@@ -203,8 +203,7 @@ def _load(path: Path, device: torch.device) -> tuple[ModelSpec, Any]:
             if not extra[SPEC_FILE]:
                 raise ModelLoadError(f"{path} holds no {SPEC_FILE}: it was not made by `make train`")
             spec = ModelSpec.from_json(extra[SPEC_FILE])
-            module = module.float() if device.type == "cpu" else module.to(device)  # weights are kept in half precision
-            return spec, torch.jit.freeze(module.eval())
+            return spec, torch.jit.freeze(module.to(device).eval())
     except RuntimeError as error:
         raise ModelLoadError(f"{path} is not a TorchScript file that this torch can load") from error
 

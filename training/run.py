@@ -18,6 +18,8 @@ from torch import Tensor
 
 from agegender import Model, ModelSpec
 from agegender.model import FORMAT_VERSION
+from training.backbones import FOLDED
+from training.branch import join, parse_backbones
 from training.calibrate import COVERAGE, calibrate
 from training.data import Rejected
 from training.dataset import ARTIFACT, Faces, load_faces, splits_path, write_splits
@@ -25,13 +27,12 @@ from training.deploy import Deployed, check_precision
 from training.distill import taught
 from training.evaluate import evaluate, predict_chips
 from training.export import export
-from training.face_resnet import FaceResNet, standardize
 from training.loop import BEST, predict_logits, read_curve, save_whole, train
 from training.loss import Targets, label_targets
 from training.metrics import Scored, measure
 from training.network import Network, create_network
+from training.normalization import standardize
 from training.options import TrainOptions
-from training.twin import join
 
 __all__ = ["run"]
 
@@ -135,21 +136,20 @@ def _initial_network(options: TrainOptions, faces: Faces) -> Network:
         pretrained=options.pretrained and not options.checkpoint,
         dropout=options.dropout,
         drop_path=options.drop_path,
+        weights=options.weights,
     )
     check_precision(network, options.precision)
     if options.checkpoint:
         _load_checkpoint(network, options)
-    elif options.pretrained:
-        for part in network.modules():
-            if isinstance(part, FaceResNet):
-                standardize(part, network, _sample(faces, options))
+    elif options.pretrained and any(name in FOLDED for name, _ in parse_backbones(options.backbone)):
+        standardize(network, _sample(faces, options))
     return network
 
 
 def _load_checkpoint(network: Network, options: TrainOptions) -> None:
     try:
         states = [torch.load(path, weights_only=True, map_location="cpu") for path in options.checkpoint]
-        network.load_state_dict(join(*states) if options.backbone == "twin" else states[0])
+        network.load_state_dict(join(states) if len(states) > 1 else states[0])
     except (OSError, RuntimeError, KeyError) as error:
         names = ", ".join(map(str, options.checkpoint))
         raise ValueError(f"{names}: no weights of {options.backbone} ({error})") from error
