@@ -12,6 +12,7 @@ from agegender import AgeGenderError, ImageResult, Item, Predictor, ServerError,
 from agegender.client import DEFAULT_KEY_FILE, Client
 from agegender.draw import annotate
 from agegender.image import quiet_pillow
+from agegender.memory import keep_freed_memory
 from agegender.model import DEFAULT_MODEL
 from agegender.records import to_json
 
@@ -24,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 when every photo was looked at, 1 when one was not, 2 for a wrong call."""
     options = _parser().parse_args(arguments)
     quiet_pillow()
+    keep_freed_memory()
     try:
         if options.draw:
             options.draw.mkdir(parents=True, exist_ok=True)

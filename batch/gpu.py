@@ -12,6 +12,7 @@ import ray
 
 from agegender import Model, ModelSpec
 from agegender.image import Pixels
+from agegender.memory import keep_freed_memory
 from agegender.model import Predictions
 from batch.errors import JobError
 from batch.request import Resources
@@ -26,6 +27,7 @@ class _ModelProcess:
     """A model in a process of its own."""
 
     def __init__(self, model: bytes, device: str) -> None:
+        keep_freed_memory()
         self._model = load_model(model, device=device)
 
     def spec(self) -> ModelSpec:

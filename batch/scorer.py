@@ -8,6 +8,7 @@ import pyarrow as pa
 
 from agegender import AgeGenderError, ImageResult, Item, Predictor
 from agegender.image import quiet_pillow
+from agegender.memory import keep_freed_memory
 from agegender.predictor import DEFAULT_BATCH_SIZE
 from agegender.records import arrow_schema, to_rows
 from batch.gpu import BATCH_SIZE, RemoteModel, load_model
@@ -37,6 +38,7 @@ class Scorer:
             tally: is told of what is done.
         """
         quiet_pillow()
+        keep_freed_memory()
         self._max_bytes = options.max_bytes
         self._tally = tally
         self._report = BlockReport()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from agegender import Item, Predictor
+from agegender.memory import keep_freed_memory
 from agegender.model import DEFAULT_MODEL
 from agegender.predictor import FacesMode
 from benchmarks.images import PHOTOGRAPHS, make_images
@@ -86,6 +87,7 @@ def _measure(options: argparse.Namespace, round_: int, workload: str, items: Seq
         stages_s[stage] += seconds
 
     faces: FacesMode = "whole" if workload == "whole" else "detect"
+    keep_freed_memory()
     predictor = Predictor(options.model, faces=faces, device="cpu", threads=1, on_stage=add)
     for _ in predictor.stream(_until(time.perf_counter() + options.seconds / 4, items)):
         pass  # torch optimizes for the sizes of batches that it meets first

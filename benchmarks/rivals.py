@@ -13,6 +13,7 @@ from fastapi import FastAPI, File, Request
 from fastapi.concurrency import run_in_threadpool
 
 from agegender import ImageResult, Predictor
+from agegender.memory import keep_freed_memory
 from agegender.model import DEFAULT_MODEL
 from agegender.records import to_json
 
@@ -20,6 +21,7 @@ from agegender.records import to_json
 @cache
 def predictor() -> Predictor:
     """One per process, with one thread, as everywhere in the comparison."""
+    keep_freed_memory()
     return Predictor(DEFAULT_MODEL, device="cpu", threads=1)
 
 

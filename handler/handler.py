@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from agegender import ImageResult, Model, Predictor
 from agegender.image import quiet_pillow
+from agegender.memory import keep_freed_memory
 from agegender.predictor import FacesMode
 from agegender.records import to_json
 from handler import ARTIFACT, BUSY_LOCK, DETECTOR_WEIGHTS, DRAINING
@@ -44,6 +45,7 @@ class AgeGenderHandler:
             context: TorchServe's context of this worker.
         """
         quiet_pillow()
+        keep_freed_memory()
         self._directory = Path(context.system_properties["model_dir"])
         self._busy_lock = (self._directory / BUSY_LOCK).open("w")
         self._metrics = Metrics(context.metrics)

@@ -1,12 +1,10 @@
 """One training run, from the folder to the artifact."""
 
 import csv
-import ctypes
 import dataclasses
 import json
 import os
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from agegender import Model, ModelSpec
+from agegender.memory import keep_freed_memory
 from agegender.model import FORMAT_VERSION
 from training.backbones import FOLDED
 from training.branch import join, parse_backbones
@@ -96,24 +95,13 @@ def _prepare(options: TrainOptions) -> torch.device:
     device = torch.device(name if options.device == "auto" else options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} was asked for, but torch finds no CUDA device")
-    _keep_freed_memory()
+    keep_freed_memory()
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
     torch.manual_seed(options.seed)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return device
-
-
-def _keep_freed_memory() -> None:
-    """Stops glibc from handing big buffers back to the kernel at every step, which costs a fifth of the speed."""
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl has none
-        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def _report_faces(faces: Faces, out_dir: Path) -> None:
