@@ -393,8 +393,8 @@ def test_a_plain_backbone_computes_the_same(name: str, side: int) -> None:
         assert torch.allclose(backbone(chips.flip(2, 3)), before, atol=1e-5 * float(before.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["face_resnet", "efficientnet_lite0+face_resnet@112"])
-def test_the_deployed_network_answers_like_the_trained_one(name: str, lfw_faces: np.ndarray) -> None:
+@pytest.mark.parametrize(("name", "tolerance"), [("face_resnet", 0.1), ("efficientnet_lite0+face_resnet@112", 0.4)])
+def test_the_deployed_network_answers_like_the_trained_one(name: str, tolerance: float, lfw_faces: np.ndarray) -> None:
     network = create_network(name, pretrained=True, dropout=0.0, drop_path=0.0).eval()
     chips = torch.stack([torch.from_numpy(cv2.resize(face, (128, 128))) for face in lfw_faces[:32]]).permute(0, 3, 1, 2)
     with torch.no_grad():
@@ -408,7 +408,7 @@ def test_the_deployed_network_answers_like_the_trained_one(name: str, lfw_faces:
     assert torch.allclose(exact.age, (straight.age + flipped.age) / 2, atol=1e-4)
     spread = exact.age.std()
     for answer in (coarse, on_cuda):
-        assert (answer.age - exact.age).abs().mean() < 0.1 * spread
+        assert (answer.age - exact.age).abs().mean() < tolerance * spread
         assert (answer.age - exact.age).abs().max() > 0
 
 
@@ -444,7 +444,12 @@ def test_several_networks_become_one_artifact(options: TrainOptions, tmp_path: P
 
 
 def test_a_backbone_that_cannot_be_quantized_is_refused_before_training() -> None:
-    network = create_network("vit_tiny_patch16_224", pretrained=False, dropout=0.0, drop_path=0.0)
+    class Brancher(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.sum() > 0 else -x
+
+    network = create_network("resnet18", pretrained=False, dropout=0.0, drop_path=0.0)
+    network.branches[0].backbone = Brancher()
     with pytest.raises(ValueError, match="--precision float32"):
         check_precision(network, "int8")
     check_precision(network, "float32")

@@ -17,6 +17,7 @@ from torch.ao.quantization import (
 from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_fx
 from torch.nn import functional as F
 
+from training.branch import Branch
 from training.network import Logits, Network
 from training.options import Precision
 from training.plain import make_plain
@@ -101,7 +102,7 @@ def check_precision(network: Network, precision: Precision) -> None:
     """
     if precision == "int8":
         try:
-            for branch in copy.deepcopy(network).branches:
+            for branch in _branches(copy.deepcopy(network)):
                 make_plain(branch.backbone)
                 fx.symbolic_trace(branch.backbone)
         except Exception as error:  # whatever the backbone's code raises when it is given symbols
@@ -117,16 +118,22 @@ def _with_eight_bits(network: Network, sample: Tensor) -> Network:
     """
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # torch announces a successor of this module, which writes no TorchScript
-        plain = [branch.backbone for branch in network.branches]
-        for branch in network.branches:
+        branches = _branches(network)
+        plain = [branch.backbone for branch in branches]
+        for branch in branches:
             branch.upside_down = make_plain(branch.backbone)
             example = (branch.normalize(sample[:1]),)
             branch.backbone = prepare_fx(copy.deepcopy(branch.backbone), _mapping(branch.in_float), example)
         for batch in sample.split(_BATCH):
             network(batch)
-        for branch, backbone in zip(network.branches, plain, strict=True):
+        for branch, backbone in zip(branches, plain, strict=True):
+            assert isinstance(branch.backbone, fx.GraphModule)
             branch.backbone = _EightBit(convert_fx(branch.backbone), _with_eight_bit_kernels(fuse_fx(backbone)))
     return network
+
+
+def _branches(network: Network) -> list[Branch]:
+    return [branch for branch in network.branches if isinstance(branch, Branch)]  # which nn.ModuleList does not know
 
 
 def _mapping(in_float: Sequence[str]) -> QConfigMapping:

@@ -30,9 +30,9 @@ class Network(nn.Module):
         super().__init__()
         self.branches = nn.ModuleList(branches)
         self.dropout = nn.Dropout(dropout)
-        features = sum(int(branch.backbone.head_hidden_size) for branch in branches)  # type: ignore[arg-type]  # timm's
-        self.age_head = nn.Linear(features, AGE_BINS)
-        self.gender_head = nn.Linear(features, 2)
+        widths = [int(branch.backbone.head_hidden_size) for branch in branches]  # type: ignore[arg-type]  # timm's
+        self.age_head = nn.Linear(sum(widths), AGE_BINS)
+        self.gender_head = nn.Linear(sum(widths), 2)
 
     def forward(self, chips: Tensor) -> Logits:
         """Args: chips: (N, 3, S, S) uint8 RGB. Returns: the logits of both heads."""
