@@ -94,7 +94,7 @@ class TrainOptions:
     """Stop when validation has not improved for this many epochs."""
 
     precision: Precision = "int8"
-    """Of the artifact: int8 is some three times as fast on CPUs; GPUs compute in float32; float32 suits any backbone."""
+    """Of the artifact: int8 is three times as fast on CPUs, and GPUs compute in float32; float32 suits any backbone."""
     mirror: bool = True
     """Let the artifact average each chip with its mirror image: more exact, and half as fast."""
     model_version: str = "0.1.0"
