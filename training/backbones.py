@@ -16,9 +16,6 @@ __all__ = ["FOLDED", "create_branch"]
 # Backbones whose published weights have their normalizations folded in, so that they want `standardize`.
 FOLDED: Final = ("face_resnet", "mobilenet_v1")
 
-# In EfficientNet-Lite0 and MobileNet: few channels, of unequal ranges, that all which follows depends on.
-_FIRST_LAYERS: Final = ("conv_stem", "bn1", "blocks.0")
-
 # What the packaged weights of EfficientNet-Lite0 were trained with, in grey levels.
 _LITE0_MEAN: Final = [127.0] * 3
 _LITE0_STD: Final = [128.0] * 3
@@ -39,7 +36,6 @@ def create_branch(
     Raises:
         ValueError: no such backbone, or its weights cannot be had.
     """
-    in_float = _FIRST_LAYERS if name in ("efficientnet_lite0", "mobilenet_v1") else ()
     if name == "face_resnet":
         backbone, mean, std = _face_resnet(pretrained, drop_path), FACE_MEAN, FACE_STD
     elif name == "efficientnet_lite0":
@@ -49,7 +45,7 @@ def create_branch(
     else:
         backbone = _timm_backbone(name, pretrained, drop_path)
         mean, std = ([255 * value for value in backbone.pretrained_cfg[key]] for key in ("mean", "std"))
-    return Branch(backbone, mean=mean, std=std, side=side, in_float=in_float)
+    return Branch(backbone, mean=mean, std=std, side=side)
 
 
 def _lite0(pretrained: bool, drop_path: float) -> Any:

@@ -28,7 +28,6 @@ class Branch(nn.Module):
         mean: list[float],
         std: list[float],
         side: int | None = None,
-        in_float: tuple[str, ...] = (),
     ) -> None:
         """Puts a backbone behind its preprocessing.
 
@@ -36,14 +35,12 @@ class Branch(nn.Module):
             backbone: normalized float chips -> features.
             mean, std: of each channel, in grey levels.
             side: of its chips in pixels, or None for any.
-            in_float: its layers that lose too much in 8 bits.
         """
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
         self.backbone = backbone
         self.side: int = side or 0
-        self.in_float = in_float
         self.upside_down = False
 
     def forward(self, chips: Tensor) -> Tensor:

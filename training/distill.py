@@ -13,6 +13,7 @@ from training.loop import BEST, predict_logits, save_whole
 from training.loss import Probs
 from training.network import create_network
 from training.options import TrainOptions
+from training.quantize import is_rounded
 
 __all__ = ["average", "taught", "teacher_probs"]
 
@@ -30,6 +31,8 @@ def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, dev
         weights = torch.load(run_dir / BEST, weights_only=True, map_location=device)
     except FileNotFoundError as error:
         raise ValueError(f"the teacher {run_dir} is not the folder of a finished run: no {error.filename}") from error
+    if is_rounded(weights):
+        raise ValueError(f"the teacher {run_dir} was trained in 8 bits; give the run that it went on from")
     network = create_network(options["backbone"], pretrained=False, dropout=0.0, drop_path=0.0)
     network.load_state_dict(weights)
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs

@@ -155,6 +155,9 @@ def _warmed_up_average(decay: float) -> Callable[..., None]:
 
     def update(averaged: Any, current: Any, count: Tensor | int) -> None:
         steps = int(count)
+        if not averaged[0].is_floating_point():  # counters, and the zeros of 8-bit ranges
+            torch._foreach_copy_(averaged, current)
+            return
         get_ema_multi_avg_fn(min(decay, (1 + steps) / (10 + steps)))(averaged, current, count)
 
     return update

@@ -93,6 +93,9 @@ class TrainOptions:
     patience: int | None = None
     """Stop when validation has not improved for this many epochs."""
 
+    quantization_aware: bool = False
+    """Train with kernels and activations rounded to 8 bits, as the artifact rounds them: a few epochs at a low --lr,
+    from the --checkpoint of a run without, make good what 8 bits cost."""
     precision: Precision = "int8"
     """Of the artifact: int8 is three times as fast on CPUs, and GPUs compute in float32; float32 suits any backbone."""
     mirror: bool = True
@@ -121,6 +124,8 @@ class TrainOptions:
             raise ValueError(f"batch_size {self.batch_size} cannot be shared equally by {self.workers} workers")
         if self.max_per_gender is not None and not self.balanced_by_gender:
             raise ValueError("max_per_gender goes with balanced_by_gender")
+        if self.quantization_aware and self.precision != "int8":
+            raise ValueError("quantization_aware goes with the precision int8")
         if not 0 <= self.teacher_weight <= 1:
             raise ValueError(f"teacher_weight must lie between 0 and 1, not {self.teacher_weight}")
         if min(self.val_frac, self.test_frac) <= 0 or self.val_frac + self.test_frac >= 1:

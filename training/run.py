@@ -22,7 +22,7 @@ from training.branch import join, parse_backbones
 from training.calibrate import COVERAGE, calibrate
 from training.data import Rejected
 from training.dataset import ARTIFACT, Faces, load_faces, splits_path, write_splits
-from training.deploy import Deployed, check_precision
+from training.deploy import Deployed
 from training.distill import taught
 from training.evaluate import evaluate, predict_chips
 from training.export import export
@@ -32,6 +32,7 @@ from training.metrics import Scored, measure
 from training.network import Network, create_network
 from training.normalization import standardize
 from training.options import TrainOptions
+from training.quantize import check_quantizable, is_rounded, round_to_eight_bits
 
 __all__ = ["run"]
 
@@ -126,21 +127,40 @@ def _initial_network(options: TrainOptions, faces: Faces) -> Network:
         drop_path=options.drop_path,
         weights=options.weights,
     )
-    check_precision(network, options.precision)
-    if options.checkpoint:
-        _load_checkpoint(network, options)
+    if options.precision == "int8":
+        check_quantizable(network)
+    state = _checkpoint_state(options)
+    rounded = state is not None and is_rounded(state)
+    if rounded:
+        round_to_eight_bits(network, _sample(faces, options))
+    if state is not None:
+        _load_state(network, state, options)
     elif options.pretrained and any(name in FOLDED for name, _ in parse_backbones(options.backbone)):
         standardize(network, _sample(faces, options))
+    if options.quantization_aware and not rounded:
+        round_to_eight_bits(network, _sample(faces, options))
     return network
 
 
-def _load_checkpoint(network: Network, options: TrainOptions) -> None:
+def _checkpoint_state(options: TrainOptions) -> dict[str, Any] | None:
+    if not options.checkpoint:
+        return None
     try:
         states = [torch.load(path, weights_only=True, map_location="cpu") for path in options.checkpoint]
-        network.load_state_dict(join(states) if len(states) > 1 else states[0])
+        return join(states) if len(states) > 1 else states[0]
     except (OSError, RuntimeError, KeyError) as error:
-        names = ", ".join(map(str, options.checkpoint))
-        raise ValueError(f"{names}: no weights of {options.backbone} ({error})") from error
+        raise ValueError(f"{_names(options.checkpoint)}: no weights of a training ({error})") from error
+
+
+def _load_state(network: Network, state: dict[str, Any], options: TrainOptions) -> None:
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{_names(options.checkpoint)}: no weights of {options.backbone} ({error})") from error
+
+
+def _names(paths: tuple[Path, ...]) -> str:
+    return ", ".join(map(str, paths))
 
 
 def _sample(faces: Faces, options: TrainOptions) -> Tensor:

@@ -1,0 +1,230 @@
+"""Backbones in 8 bits: rounded as they are trained (Jacob et al. 2018), then converted to integer arithmetic."""
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+from torch.ao.nn.intrinsic.qat import ConvReLU2d
+from torch.ao.nn.qat import Conv2d
+from torch.ao.quantization import (
+    FakeQuantize,
+    HistogramObserver,
+    MovingAveragePerChannelMinMaxObserver,
+    QConfig,
+    QConfigMapping,
+    disable_fake_quant,
+    enable_fake_quant,
+    get_default_qat_qconfig_mapping,
+)
+from torch.ao.quantization.quantize_fx import convert_fx, fuse_fx, prepare_qat_fx
+from torch.nn import functional as F
+
+from training.branch import Branch
+from training.network import Network
+from training.plain import make_plain
+
+__all__ = ["check_quantizable", "convert", "is_rounded", "round_to_eight_bits"]
+
+_BATCH: Final = 64
+_ACTIVATION: Final = {"observer": HistogramObserver, "quant_min": 0, "quant_max": 255, "reduce_range": False}
+
+
+def check_quantizable(network: Network) -> None:
+    """Finds out before a training whether its network can be exported in 8 bits.
+
+    Raises:
+        ValueError: torch cannot trace the backbone, which it must to quantize it.
+    """
+    try:
+        for branch in _branches(copy.deepcopy(network)):
+            make_plain(branch.backbone)
+            fx.symbolic_trace(branch.backbone)
+    except Exception as error:  # whatever the backbone's code raises when it is given symbols
+        raise ValueError(
+            "this backbone cannot be quantized to 8 bits; add --precision float32, or take face_resnet"
+        ) from error
+
+
+def is_rounded(state: Mapping[str, Any]) -> bool:
+    """Whether these are the weights of a network that went through `round_to_eight_bits`."""
+    return any(name.endswith(".fake_quant_enabled") for name in state)
+
+
+@torch.no_grad()
+def round_to_eight_bits(network: Network, sample: Tensor) -> None:
+    """Lets the backbones round kernels and activations as `convert` will; they can be trained so.
+
+    Normalizations are folded into the kernels. The ranges of activations stay those of the sample, those of kernels
+    follow them.
+
+    Args:
+        network: with trained or pretrained weights; changed in place, and left in evaluation mode.
+        sample: (N, 3, S, S) uint8 RGB chips, from which the ranges of activations are estimated.
+    """
+    network.cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in stubs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces a successor of this module, which writes no TorchScript
+        for branch in _branches(network):
+            branch.upside_down = make_plain(branch.backbone)
+            branch.backbone = _with_roundings(branch.backbone, branch.normalize(sample[:1]))
+    network.eval().apply(disable_fake_quant)
+    for batch in sample.split(_BATCH):
+        network(batch)
+    network.apply(enable_fake_quant)
+    for rounding in _activation_roundings(network):
+        rounding.disable_observer()  # type: ignore[no-untyped-call]
+    network.requires_grad_(True)
+
+
+def convert(network: Network) -> None:
+    """Turns roundings into integer arithmetic on CPUs; changes the network, which must be `is_rounded`.
+
+    Sums of 8-bit products are exact, so what comes out does not depend on the batch that a chip came in.
+    """
+    network.eval()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        for branch in _branches(network):
+            assert isinstance(branch.backbone, fx.GraphModule)
+            on_cuda = _with_stored_kernels(copy.deepcopy(branch.backbone))
+            branch.backbone = _EightBit(convert_fx(branch.backbone), on_cuda)
+
+
+class _EightBit(nn.Module):
+    """A backbone that computes in 8 bits on CPUs; on GPUs, where torch cannot, in float32 with the same roundings."""
+
+    def __init__(self, on_cpu: nn.Module, on_cuda: nn.Module) -> None:
+        super().__init__()
+        self.on_cpu, self.on_cuda = on_cpu, on_cuda
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return self.on_cuda(x)
+        return self.on_cpu(x)
+
+
+class _Rounding(nn.Module):
+    """Activations -> the nearest of the 256 values that 8 bits stand for."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, trained: FakeQuantize) -> None:
+        super().__init__()
+        self.register_buffer("scale", trained.scale)
+        self.register_buffer("zero_point", trained.zero_point)
+        self.low, self.high = int(trained.quant_min), int(trained.quant_max)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, self.low, self.high)
+
+
+class _StoredConv2d(nn.Module):
+    """A convolution whose kernels are kept in 8 bits, with a scale for each output channel."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, trained: Conv2d) -> None:
+        super().__init__()
+        rounding = trained.weight_fake_quant
+        rounded, scale = rounding(trained.weight), rounding.scale.view(-1, 1, 1, 1)
+        self.register_buffer("weight", (rounded / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", torch.zeros(len(scale)) if trained.bias is None else trained.bias.detach())
+        self.stride, self.groups = list(trained.stride), trained.groups
+        self.padding = [int(side) for side in trained.padding]
+        self.rectified = isinstance(trained, ConvReLU2d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(x, self.weight * self.scale, self.bias, self.stride, self.padding, groups=self.groups)
+        return F.relu(y) if self.rectified else y
+
+
+class _UpToSix(FakeQuantize):
+    """What ReLU6 does beyond a ReLU; 8 bits whose range ends at six do it by themselves."""
+
+    def forward(self, X: Tensor) -> Tensor:  # noqa: N803  # torch's name
+        return super().forward(X.clamp(max=6))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _branches(network: Network) -> list[Branch]:
+    return [branch for branch in network.branches if isinstance(branch, Branch)]  # which nn.ModuleList does not know
+
+
+def _with_roundings(backbone: nn.Module, example: Tensor) -> fx.GraphModule:
+    traced = _without_identities(fx.symbolic_trace(backbone))
+    capped = _replace_relu6(traced)
+    rounded: fx.GraphModule = prepare_qat_fx(fuse_fx(traced).train(), _mapping(), (example,))
+    for node in rounded.graph.nodes:
+        if node.op == "call_module" and node.target in capped:
+            for user in node.users:
+                rounded.set_submodule(str(user.target), _UpToSix.with_args(**_ACTIVATION)())
+    return rounded
+
+
+def _without_identities(traced: fx.GraphModule) -> fx.GraphModule:
+    """Drops what computes nothing, but would be rounded after."""
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Identity):
+            node.replace_all_uses_with(node.args[0])
+            traced.graph.erase_node(node)
+    traced.recompile()
+    return traced
+
+
+def _replace_relu6(traced: fx.GraphModule) -> set[str]:
+    """Takes a ReLU for each ReLU6, since torch computes only the former within the convolution before it.
+
+    Returns:
+        The convolutions that they follow.
+    """
+    convolutions = set()
+    for node in traced.graph.nodes:
+        if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.ReLU6):
+            before = node.args[0]
+            while not isinstance(traced.get_submodule(before.target), nn.Conv2d):
+                before = before.args[0]
+            convolutions.add(before.target)
+            traced.set_submodule(node.target, nn.ReLU().eval())
+    return convolutions
+
+
+def _mapping() -> QConfigMapping:
+    """torch's own mapping, with 8 bits for activations and 7 for kernels instead of the reverse.
+
+    CPUs without VNNI add pairs of products in 16 bits, which hold only 15 bits of both factors together. Activations
+    share one scale in a tensor, kernels have one for each channel, so the latter can spare the bit.
+    """
+    kernel = FakeQuantize.with_args(
+        observer=MovingAveragePerChannelMinMaxObserver,
+        averaging_constant=1.0,  # the range of the kernels as they are now
+        dtype=torch.qint8,
+        qscheme=torch.per_channel_symmetric,
+        quant_min=-63,  # with a value more below, torch would convert the largest kernel to what it was not rounded to
+        quant_max=63,
+    )
+    mapping = get_default_qat_qconfig_mapping("x86")
+    mapping.set_global(QConfig(activation=FakeQuantize.with_args(**_ACTIVATION), weight=kernel))
+    return mapping.set_object_type(nn.AdaptiveAvgPool2d, None)  # means of many values lie between the 256
+
+
+def _activation_roundings(network: nn.Module) -> Iterator[FakeQuantize]:
+    for name, module in network.named_modules():
+        if isinstance(module, FakeQuantize) and not name.endswith(".weight_fake_quant"):
+            yield module
+
+
+def _with_stored_kernels(backbone: fx.GraphModule) -> fx.GraphModule:
+    for node in backbone.graph.nodes:
+        if node.op == "call_module":
+            module = backbone.get_submodule(node.target)
+            if isinstance(module, Conv2d):
+                backbone.set_submodule(node.target, _StoredConv2d(module))
+            elif isinstance(module, FakeQuantize):
+                backbone.set_submodule(node.target, _Rounding(module))
+    return backbone
