@@ -14,7 +14,7 @@ from typing import Final
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, FilePayload, Locator, Page, sync_playwright
 
 REPOSITORY: Final = Path(__file__).resolve().parent.parent
 NO_CHROMIUM: Final = (
@@ -112,7 +112,7 @@ def settle(page: Page) -> None:
 
 def upload(page: Page, *files: tuple[str, bytes]) -> None:
     """Gives photographs to the page, as names and contents."""
-    payloads = [{"name": name, "mimeType": "application/octet-stream", "buffer": data} for name, data in files]
+    payloads = [FilePayload(name=name, mimeType="application/octet-stream", buffer=data) for name, data in files]
     page.locator("[data-testid=stFileUploader] input[type=file]").set_input_files(payloads)
 
 

@@ -61,7 +61,7 @@ def _bomb() -> bytes:
 
 def assert_survives(requests: list[dict[str, Any]], ask: Ask, server: Server) -> None:
     """Every request is answered, none by a dead or failed worker, and the workers are the same as before."""
-    before = [worker.pid for worker in server.process().children(recursive=True)]
+    before = _workers(server)
     for request in requests:
         status, answer = ask(PREDICTIONS, **request)
         ours = "predictions" in answer if status == 200 else status in (400, 413) and isinstance(answer["error"], dict)
@@ -70,5 +70,11 @@ def assert_survives(requests: list[dict[str, Any]], ask: Ask, server: Server) ->
         broken_form = form and answer.get("type", "").endswith("DecoderException")
         assert ours or broken_form, (status, str(answer)[:300], request["headers"], request["body"][:60])
         assert "Traceback" not in str(answer)
-    assert [worker.pid for worker in server.process().children(recursive=True)] == before
+    assert _workers(server) == before
     assert server.ready()
+
+
+def _workers(server: Server) -> list[int]:
+    process = server.process()
+    assert process is not None
+    return [worker.pid for worker in process.children(recursive=True)]
