@@ -183,7 +183,7 @@ def block_size(first_id: int) -> int:
     A block is the unit of work, of a checkpoint and of what a crash repeats. Small ones first, so that a dozen
     photographs still spread over the cores; larger ones later, so that the engine's cost per block vanishes.
     """
-    return min(1024, max(8, first_id // 32))
+    return min(1024, max(8, first_id // 16))
 
 
 def blocks_of(inputs: Iterable[Input], *, first_id: int = 0) -> Iterator[pa.Table]:
