@@ -459,15 +459,15 @@ def test_a_network_trained_in_8_bits_is_exported_as_it_was_trained(options: Trai
     one, other = (Model(path, device="cpu").predict(chips) for path in (tmp_path / "aware/agegender.pt", run(again)))
     assert np.array_equal(one.age, other.age)
     with pytest.raises(ValueError, match="leave out --precision float32"):
-        run(replace(again, quantization_aware=False, precision="float32"))
+        run(replace(again, quantization_aware=False, precision="float32", out_dir=tmp_path / "other"))
     with pytest.raises(ValueError, match="goes with the precision int8"):
         replace(aware, precision="float32")
     with pytest.raises(ValueError, match="give the run that it went on from"):
         run(replace(lite, teacher=(tmp_path / "aware",), out_dir=tmp_path / "pupil"))
 
 
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "face_resnet"])
-def test_rounding_changes_little_and_integers_compute_what_was_rounded(name: str, lfw_faces: np.ndarray) -> None:
+@pytest.mark.parametrize(("name", "tolerance"), [("efficientnet_lite0", 0.7), ("face_resnet", 0.15)])
+def test_integers_compute_what_rounding_foretells(name: str, tolerance: float, lfw_faces: np.ndarray) -> None:
     network = create_network(name, pretrained=True, dropout=0.0, drop_path=0.0).eval()
     chips = torch.stack([torch.from_numpy(cv2.resize(face, (96, 96))) for face in lfw_faces[:16]]).permute(0, 3, 1, 2)
     with torch.no_grad():
@@ -476,8 +476,8 @@ def test_rounding_changes_little_and_integers_compute_what_was_rounded(name: str
         rounded = network.branches[0](chips)
         convert(network)
         integers = network.branches[0](chips)
-    assert 0 < (rounded - exact).norm() < 0.4 * exact.norm()
-    assert (integers - rounded).norm() < 0.05 * rounded.norm()
+    assert 0 < (rounded - exact).norm() < tolerance * exact.norm()
+    assert (integers - rounded).norm() < 0.6 * (integers - exact).norm()
 
 
 def test_a_backbone_that_cannot_be_quantized_is_refused_before_training() -> None:

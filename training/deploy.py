@@ -24,17 +24,11 @@ class Deployed(nn.Module):
                 network was trained with them.
             precision: see `TrainOptions`.
             mirror: average each chip with its mirror image.
-
-        Raises:
-            ValueError: float32 is asked of a network that was trained in 8 bits.
         """
         super().__init__()
         network = copy.deepcopy(network).cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        rounded = is_rounded(network.state_dict())
-        if rounded and precision != "int8":
-            raise ValueError("these weights were trained in 8 bits; leave out --precision float32")
         if precision == "int8":
-            if not rounded:
+            if not is_rounded(network.state_dict()):
                 round_to_eight_bits(network, sample)
             convert(network)
         self.mirror = mirror

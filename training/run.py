@@ -131,6 +131,8 @@ def _initial_network(options: TrainOptions, faces: Faces) -> Network:
         check_quantizable(network)
     state = _checkpoint_state(options)
     rounded = state is not None and is_rounded(state)
+    if rounded and options.precision != "int8":
+        raise ValueError(f"{_names(options.checkpoint)}: trained in 8 bits; leave out --precision float32")
     if rounded:
         round_to_eight_bits(network, _sample(faces, options))
     if state is not None:
