@@ -99,8 +99,8 @@ def test_a_killed_worker_costs_its_own_requests_alone(own_server: Server, asking
         served = outcomes[200]
         wait_for(lambda: outcomes[200] > served + 20, 60)
     # Every request was answered; the victim's own, a batch at most, by what TorchServe says of a killed worker.
-    assert set(outcomes) <= {200, 507}, outcomes
-    assert outcomes[507] <= 4, outcomes
+    assert set(outcomes) <= {200, 500, 507}, outcomes  # 500 "Worker died" where the connection broke first
+    assert outcomes[500] + outcomes[507] <= 4, outcomes
 
 
 def test_a_version_is_rolled_in_and_back_under_load(
