@@ -117,7 +117,7 @@ class _Pipeline(threading.Thread):
         outcomes = blocks.repartition(target_num_rows_per_block=1).map_batches(
             Scorer,
             fn_constructor_kwargs=self._constructor,
-            compute=ActorPoolStrategy(size=self._workers),
+            compute=ActorPoolStrategy(min_size=1, initial_size=self._workers, max_size=self._workers),
             batch_size=None,
             batch_format="pyarrow",
             zero_copy_batch=True,

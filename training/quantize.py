@@ -64,7 +64,7 @@ def round_to_eight_bits(network: Network, sample: Tensor) -> None:
         network: with trained or pretrained weights; changed in place, and left in evaluation mode.
         sample: (N, 3, S, S) uint8 RGB chips, from which the ranges of activations are estimated.
     """
-    network.cpu().eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in stubs
+    network.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces a successor of this module, which writes no TorchScript
         for branch in _branches(network):
@@ -163,14 +163,14 @@ def _with_roundings(backbone: nn.Module, example: Tensor) -> fx.GraphModule:
     for node in rounded.graph.nodes:
         if node.op == "call_module" and node.target in capped:
             for user in node.users:
-                rounded.set_submodule(str(user.target), _UpToSix.with_args(**_ACTIVATION)())
+                rounded.set_submodule(str(user.target), _UpToSix(**_ACTIVATION))
     return rounded
 
 
 def _without_identities(traced: fx.GraphModule) -> fx.GraphModule:
     """Drops what computes nothing, but would be rounded after."""
     for node in traced.graph.nodes:
-        if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.Identity):
+        if _is(nn.Identity, node, traced):
             node.replace_all_uses_with(node.args[0])
             traced.graph.erase_node(node)
     traced.recompile()
@@ -178,20 +178,25 @@ def _without_identities(traced: fx.GraphModule) -> fx.GraphModule:
 
 
 def _replace_relu6(traced: fx.GraphModule) -> set[str]:
-    """Takes a ReLU for each ReLU6, since torch computes only the former within the convolution before it.
+    """Takes a ReLU for each ReLU6 behind a convolution, since torch computes only the former within it.
 
     Returns:
         The convolutions that they follow.
     """
     convolutions = set()
     for node in traced.graph.nodes:
-        if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.ReLU6):
+        if _is(nn.ReLU6, node, traced):
             before = node.args[0]
-            while not isinstance(traced.get_submodule(before.target), nn.Conv2d):
+            if _is(nn.BatchNorm2d, before, traced):
                 before = before.args[0]
-            convolutions.add(before.target)
-            traced.set_submodule(node.target, nn.ReLU().eval())
+            if _is(nn.Conv2d, before, traced):
+                convolutions.add(before.target)
+                traced.set_submodule(node.target, nn.ReLU().eval())
     return convolutions
+
+
+def _is(kind: type[nn.Module], node: fx.Node, traced: fx.GraphModule) -> bool:
+    return node.op == "call_module" and isinstance(traced.get_submodule(str(node.target)), kind)
 
 
 def _mapping() -> QConfigMapping:
