@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-ARCHIVE := model_store/agegender.mar
 
 SRC ?=
 OUT ?=
@@ -33,7 +32,7 @@ $(READY): requirements.txt pyproject.toml
 	@touch $@
 
 app: $(READY) examples/photos ## Open the app in a browser: OUT=DIR MODEL=FILE
-	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the app needs Python 3.11 or newer; try make clean, then make app PYTHON=python3.12")'
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the app needs Python 3.11 or newer; try rm -r .venv, then make app PYTHON=python3.12")'
 	@$(BIN)/python -m streamlit run app/streamlit_app.py $(ARGS) -- --model "$(MODEL)" --out "$(or $(OUT),examples/out)"
 
 examples/photos: | $(READY)
@@ -54,12 +53,10 @@ evaluate: $(READY) ## Measure a model on labelled faces: DATA=DIR MODEL=FILE
 	@test -n "$(DATA)" || { echo 'make evaluate: say where the labelled faces are: make evaluate DATA=DIR' >&2; exit 2; }
 	@$(BIN)/python -m training.evaluate --data-dir "$(DATA)" --model "$(MODEL)" $(ARGS)
 
-archive: $(ARCHIVE) ## Build the model archive that TorchServe loads
-
-$(ARCHIVE): $(READY) $(MODEL) $(wildcard handler/*.py handler/*.yaml agegender/*.py)
+archive: $(READY) ## Build the model archive that TorchServe loads: MODEL=FILE
 	@$(BIN)/python -m handler archive --model "$(MODEL)"
 
-serve: $(ARCHIVE) ## Start the server; returns when it answers predictions
+serve: archive ## Start the server; returns when it answers predictions: MODEL=FILE
 	@$(BIN)/python -m handler start
 
 stop: $(READY) ## Let running requests finish, then stop the server
@@ -98,5 +95,5 @@ lock: $(READY) ## Write requirements.txt anew from pyproject.toml
 licences: $(READY) ## Write docs/licences.md anew from the lock and what is installed
 	@$(BIN)/python docs/licences.py > docs/licences.md
 
-clean: ## Remove the environment, caches and outputs
-	rm -rf $(VENV) out examples runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+clean: ## Remove the environment and the caches; trained models (runs) and outputs (out, examples) stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

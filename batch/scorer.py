@@ -1,5 +1,6 @@
 """The actor: a block of names in, its records out. Whatever an input does, it gets its records."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
@@ -63,7 +64,7 @@ class Scorer:
         careful, fatal = self._tally.begin(number)
         errors = [_DIED if path in fatal else error for path, error in zip(paths, block["errors"], strict=True)]
         self._report, self._input_s = BlockReport(), {}
-        reported = time.monotonic()
+        reported = -math.inf  # the first result is told of at once
         results = score(self._predictor, paths, errors, lambda path: self._read(number, path, careful))
         for id_, result in enumerate(results, block["first_id"]):
             self._report.statuses[result.status] += 1

@@ -130,12 +130,15 @@ LOOPS: dict[str, Callable[[argparse.Namespace], Loop]] = {"bare": _bare, "peer":
 
 
 def _ray(options: argparse.Namespace) -> dict[str, float]:
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
     import ray
 
+    names = options.list.read_text().splitlines()
     ray.init(num_cpus=options.workers + 3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     ray.data.DataContext.get_current().enable_progress_bars = False
     (
-        ray.data.read_images(options.list.read_text().splitlines(), mode="RGB", include_paths=True)
+        ray.data.read_images(names, mode="RGB", include_paths=True)
         .map_batches(
             _Recipe,
             fn_constructor_args=(options.model, options.faces),
@@ -144,8 +147,10 @@ def _ray(options: argparse.Namespace) -> dict[str, float]:
         )
         .write_parquet(str(options.out))
     )
+    ended = time.time()
     ray.shutdown()
-    return {}
+    first = pc.min(pq.read_table(options.out, columns=["scored_at"])["scored_at"]).as_py()
+    return {"images": len(names), "images_per_s": len(names) / (ended - first), "first_result": first}
 
 
 class _Recipe:
@@ -183,6 +188,7 @@ class _Recipe:
             "age_high": output.age_high,
             "gender": gender,
             "gender_probability": output.gender_probs.max(axis=1, initial=0),
+            "scored_at": np.full(len(paths), time.time()),
         }
 
 
