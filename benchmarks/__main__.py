@@ -18,10 +18,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 import psutil
+import torch
 
 from agegender import Model
 from agegender.model import DEFAULT_MODEL
@@ -29,6 +31,7 @@ from benchmarks.environment import make_environment
 from benchmarks.peer import PEER
 from benchmarks.plots import PLOTS, draw
 
+FOLDERS: Final = ("--data-dir", "--photos-dir")  # whose names are this machine's
 VERSIONS: Final = ("torch", "opencv-python-headless", "pillow", "numpy", "pyarrow", "ray", "torchserve", "streamlit")
 
 
@@ -99,8 +102,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=_names, default=list(SCRIPTS), metavar="NAME,...", help=", ".join(SCRIPTS))
     parser.add_argument("--quick", action="store_true", help="little of each, to see that all of it works")
     parser.add_argument("--setup", action="store_true", help="measure the installation into fresh environments too")
-    parser.add_argument("--data-dir", type=Path, help="UTKFace's aligned chips (default: ../shared/utkface)")
-    parser.add_argument("--photos-dir", type=Path, help="photographs (default: ../shared/photos)")
+    parser.add_argument("--data-dir", type=Path, help="UTKFace's aligned chips, which accuracy needs")
+    parser.add_argument("--photos-dir", type=Path, help="JPEG photographs (default: samples)")
     parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
     parser.add_argument("--out-dir", type=Path, default=Path("benchmarks"), help="of the page (default: %(default)s)")
     parser.add_argument("--keep-dir", type=Path, default=Path("runs/benchmarks"), help="of what each script wrote")
@@ -117,14 +120,15 @@ def _names(text: str) -> list[str]:
 def _run(name: str, script: Script, options: argparse.Namespace) -> bool:
     """Runs a script, and keeps its section of the page. Returns whether it went well."""
     kept = {kind: options.keep_dir / f"{name}.{kind}" for kind in ("md", "json", "out", "log", "section")}
-    call = ["-m", f"benchmarks.{name}", *_shown(script, options)]
+    call = ["-m", f"benchmarks.{name}", *_settings(script, options)]
     hidden = ["--markdown", str(kept["md"]), "--json", str(kept["json"])] if script.reports else []
     if options.peer_python and "peer_python" in script.takes:
         hidden += ["--peer-python", str(options.peer_python)]
     busy, started = os.getloadavg()[0] / (psutil.cpu_count() or 1), time.monotonic()
     with kept["out"].open("w") as out, kept["log"].open("w") as log:
         code = subprocess.run([sys.executable, *call, *hidden], stdout=out, stderr=log).returncode
-    lines = [f"## {script.title}", "", f"`python {' '.join(_quoted(call))}`", ""]
+    shown = [f"path/to/{Path(part).name}" if before in FOLDERS else part for before, part in pairwise(["", *call])]
+    lines = [f"## {script.title}", "", f"`python {' '.join(_quoted(shown))}`", ""]
     lines += [f"{_now()}, {time.monotonic() - started:.0f} s, {_commit()}, model {_sha256()}, {_busy(busy)}", ""]
     if code:
         lines += [f"**Not measured**: it ended with {code}: {_last_line(kept['log'])}", ""]
@@ -135,7 +139,7 @@ def _run(name: str, script: Script, options: argparse.Namespace) -> bool:
     return code == 0
 
 
-def _shown(script: Script, options: argparse.Namespace) -> Iterator[str]:
+def _settings(script: Script, options: argparse.Namespace) -> Iterator[str]:
     """Options that belong to the call as people repeat it."""
     if options.quick:
         yield from script.quick
@@ -175,7 +179,8 @@ def _page(options: argparse.Namespace) -> Iterator[str]:
 
 def _machine() -> str:
     memory = psutil.virtual_memory().total / 2**30
-    return f"Machine: {_processor()}, {psutil.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}."
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return f"Machine: {_processor()} with {vectors}, {psutil.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}."
 
 
 def _processor() -> str:

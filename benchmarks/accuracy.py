@@ -96,7 +96,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=Path("../shared/utkface"), help="UTKFace's aligned chips")
+    parser.add_argument("--data-dir", type=Path, required=True, help="UTKFace's aligned chips")
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
     parser.add_argument("--limit", type=int, help="at most so many pictures, to see that all of it works")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=COMMAND", help="one more contestant")
@@ -219,9 +219,12 @@ def _compare(test: Sequence[Sample], answers: dict[str, Answers], guess: Answers
 
 
 def _resamples(inside: npt.NDArray[np.bool_]) -> Floats:
-    """(1 + RESAMPLES, N) weights: the pictures themselves, then draws with replacement."""
-    draws = np.random.default_rng(0).multinomial(inside.sum(), inside / inside.sum(), RESAMPLES)
-    return np.vstack([inside, draws]).astype(float)
+    """(1 + RESAMPLES, N) weights: the pictures themselves, then the draws with replacement of `training.metrics`."""
+    count = int(inside.sum())
+    weights = np.zeros((1 + RESAMPLES, len(inside)))
+    weights[0, inside] = 1
+    weights[1:, inside] = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    return weights
 
 
 def _figure(values: Floats, weights: Floats) -> Figure:

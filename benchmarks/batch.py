@@ -7,8 +7,9 @@ Ours and Ray's recipe run as their users run them: the time to the first result 
 from there until the output is complete. The others are timed when all their processes are loaded. CPU-ms are all
 processor time of all processes per image in that time. The ratio is to the bare predictor of the same round.
 
-The chips are those of --data-dir, or cut from a sample photograph where that is absent; the photographs are made from
-those of --photos-dir, or from samples, at the size that the table says. Everything is written to a temporary directory.
+The chips are those of --data-dir, or cut from a sample photograph; the photographs are made from those of --photos-dir,
+or from samples, at the size that the table says. Everything is written to a temporary directory. A contestant that
+fails is named, and the others go on.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from typing import Any, Final
 import psutil
 
 from benchmarks.environment import make_environment
-from benchmarks.images import PHOTOGRAPHS, make_images
+from benchmarks.images import PHOTOGRAPHS, Images, add_image_options, make_images
 from benchmarks.outputs import add_output_options, write_outputs
 from benchmarks.peer import PEER
 
@@ -108,8 +109,9 @@ def main() -> None:
             workload: make_images(workload, options.data_dir, options.photos_dir, folder)
             for workload in options.workloads
         }
-        results = list(_measure(bench, sources))
-    report = _report(bench, sources, results)
+        failed: dict[str, str] = {}
+        results = list(_measure(bench, sources, failed))
+    report = _report(bench, sources, results, failed)
     print(report)
     write_outputs(options, report, results)
 
@@ -125,8 +127,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="at most so many images a run, to see that all of it works")
     parser.add_argument("--workers", type=int, default=psutil.cpu_count(), help="processes (default: the cores)")
     parser.add_argument("--model", default="model_store/agegender.pt")
-    parser.add_argument("--data-dir", type=Path, default=Path("../shared/utkface"), help="aligned chips of faces")
-    parser.add_argument("--photos-dir", type=Path, default=Path("../shared/photos"), help="photographs")
+    add_image_options(parser)
     parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
     add_output_options(parser)
     options = parser.parse_args()
@@ -147,13 +148,22 @@ def _linked(images: Sequence[Path], count: int, folder: Path) -> Iterator[Path]:
 # The measurements.
 
 
-def _measure(bench: Bench, sources: dict[str, list[Path]]) -> Iterator[Measurement]:
+class ContestantError(Exception):
+    """A contestant's program failed."""
+
+
+def _measure(bench: Bench, sources: dict[str, Images], failed: dict[str, str]) -> Iterator[Measurement]:
+    """Measures in turn; what a contestant failed of goes to `failed`, and it takes part no more."""
+    if isinstance(bench.peer, str) and bench.peer:
+        failed["peer"] = bench.peer
     for round_, (workload, images) in itertools.product(range(bench.options.rounds), sources.items()):
         bare = 0.0
-        for contestant in (each for each in CONTESTANTS if each in bench.options.only):
-            if contestant == "peer" and isinstance(bench.peer, str):
+        for contestant in (each for each in CONTESTANTS if each in bench.options.only and each not in failed):
+            try:
+                measurement = MEASURES[contestant](bench, workload, images.paths, bare)
+            except ContestantError as error:
+                failed[contestant] = str(error)
                 continue
-            measurement = MEASURES[contestant](bench, workload, images, bare)
             measurement.round = round_
             bare = bare or measurement.images_per_s
             measurement.ratio = measurement.images_per_s / bare
@@ -253,7 +263,7 @@ def _run(command: Sequence[str]) -> Run:
     """Runs a command, and looks at its processes several times a second.
 
     Raises:
-        SystemExit: it failed.
+        ContestantError: it failed.
     """
     run = Run("", time.time(), [])
     process = subprocess.Popen(
@@ -264,7 +274,7 @@ def _run(command: Sequence[str]) -> Run:
     run.output, errors = process.communicate()
     watcher.join()
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{errors[-2000:]}")
+        raise ContestantError((errors.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
     return run
 
 
@@ -285,10 +295,12 @@ def _watch(process: "subprocess.Popen[str]", cpu_s: list[tuple[float, float]]) -
 # The report.
 
 
-def _report(bench: Bench, sources: dict[str, list[Path]], results: Sequence[Measurement]) -> str:
+def _report(bench: Bench, sources: dict[str, Images], results: Sequence[Measurement], failed: dict[str, str]) -> str:
     lines = [
         f"{bench.options.workers} processes on {psutil.cpu_count()} cores, {bench.options.rounds} rounds of about "
         f"{bench.options.seconds:g} s each; median (least-most). {WHO}",
+        "",
+        f"Images: {'; '.join(f'{name}, {images.description}' for name, images in sources.items())}.",
         "",
         "| images | contestant | images/s | CPU-ms per image | ratio to bare | to the first result, s |",
         "|---|---|---|---|---|---|",
@@ -299,12 +311,12 @@ def _report(bench: Bench, sources: dict[str, list[Path]], results: Sequence[Meas
             if own:
                 figures = [_figure(own, name) for name in ("images_per_s", "cpu_ms", "ratio", "first_result_s")]
                 lines.append(f"| {workload} | {contestant} | {' | '.join(figures)} |")
-    if isinstance(bench.peer, str) and bench.peer:
-        lines += ["", f"peer: not measured, {bench.peer}"]
+    for contestant, reason in failed.items():
+        lines += ["", f"Not measured, {contestant}: {reason}"]
     return "\n".join([*lines, *_stage_lines(sources, results), *_target_lines(sources, results)])
 
 
-def _stage_lines(sources: dict[str, list[Path]], results: Sequence[Measurement]) -> list[str]:
+def _stage_lines(sources: dict[str, Images], results: Sequence[Measurement]) -> list[str]:
     """Where ours spends its time."""
     stages = (*STAGES, "rest")
     lines = [
@@ -322,14 +334,14 @@ def _stage_lines(sources: dict[str, list[Path]], results: Sequence[Measurement])
     return lines
 
 
-def _target_lines(sources: dict[str, list[Path]], results: Sequence[Measurement]) -> list[str]:
+def _target_lines(sources: dict[str, Images], results: Sequence[Measurement]) -> list[str]:
     """What the project aims at, and whether it got there."""
     lines = ["", "The project's own targets:", ""]
     for workload, ((contestant, rival), target) in itertools.product(sources, TARGETS.items()):
         ours = [each for each in results if (each.workload, each.contestant) == (workload, contestant)]
         theirs = [each for each in results if (each.workload, each.contestant) == (workload, rival)]
         if ours and theirs:
-            pairs = zip(ours, theirs, strict=True)
+            pairs = zip(ours, theirs, strict=False)  # one may have failed midway
             ratio = statistics.median(own.images_per_s / other.images_per_s for own, other in pairs)
             verdict = _verdict(ratio >= target)
             lines.append(f"- {workload}: {contestant} {ratio:.2f} x {rival}, target {target:g}: {verdict}")

@@ -20,7 +20,7 @@ from agegender import Item, Predictor
 from agegender.memory import keep_freed_memory
 from agegender.model import DEFAULT_MODEL
 from agegender.predictor import FacesMode
-from benchmarks.images import PHOTOGRAPHS, make_images
+from benchmarks.images import PHOTOGRAPHS, add_image_options, make_images
 from benchmarks.outputs import add_output_options, write_outputs
 
 WORKLOADS: Final = ("whole", "detect", *PHOTOGRAPHS)
@@ -53,16 +53,18 @@ class Measurement:
 def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="bench-chain-") as name:
-        sources = {
-            workload: [
-                Item(path.read_bytes())
-                for path in make_images(workload, options.data_dir, options.photos_dir, Path(name))[: options.limit]
-            ]
+        images = {
+            workload: make_images(workload, options.data_dir, options.photos_dir, Path(name))
             for workload in options.workloads
+        }
+        sources = {
+            workload: [Item(path.read_bytes()) for path in found.paths[: options.limit]]
+            for workload, found in images.items()
         }
     rounds = itertools.product(range(options.rounds), sources.items())
     results = [_measure(options, round_, workload, items) for round_, (workload, items) in rounds]
-    report = "\n".join(_report(results))
+    described = (f"{workload}, {found.description}" for workload, found in images.items())
+    report = "\n".join([f"Images: {'; '.join(described)}.", *_report(results)])
     print(report)
     write_outputs(options, report, results)
 
@@ -74,8 +76,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=10, help="per workload and round, for the stream (default 10)")
     parser.add_argument("--limit", type=int, default=500, help="at most so many different images (default 500)")
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--data-dir", type=Path, default=Path("../shared/utkface"), help="aligned chips of faces")
-    parser.add_argument("--photos-dir", type=Path, default=Path("../shared/photos"), help="photographs")
+    add_image_options(parser)
     add_output_options(parser)
     return parser.parse_args()
 

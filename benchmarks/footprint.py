@@ -23,7 +23,7 @@ import psutil
 
 from agegender.model import DEFAULT_MODEL
 from benchmarks.environment import make_environment
-from benchmarks.images import make_images
+from benchmarks.images import add_photos_option, make_images
 from benchmarks.outputs import add_output_options, write_outputs
 from benchmarks.peer import PEER
 from handler.archive import build_archive
@@ -63,7 +63,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--setup", action="store_true", help="install into fresh environments, which takes minutes")
     parser.add_argument("--rounds", type=int, default=3, help="starts of each process (default 3)")
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
-    parser.add_argument("--photos-dir", type=Path, default=Path("../shared/photos"), help="photographs")
+    add_photos_option(parser)
     parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
     add_output_options(parser)
     return parser.parse_args()
@@ -71,7 +71,7 @@ def _options() -> argparse.Namespace:
 
 def _measure(options: argparse.Namespace, folder: Path) -> Iterator[Measurement]:
     yield from _disk(options.model, folder)
-    (image, *_) = make_images("1 MP", Path(), options.photos_dir, folder)
+    image = make_images("1 MP", None, options.photos_dir, folder).paths[0]
     yield from _process(options, "ours", sys.executable, image)
     peer = options.peer_python or make_environment(folder / "peer", PEER)
     if isinstance(peer, Path):
@@ -106,13 +106,21 @@ def _cuda(packages: Path) -> list[Path]:
 
 def _process(options: argparse.Namespace, name: str, python: str, image: Path) -> Iterator[Measurement]:
     program = PROGRAMS[name].format(model=str(options.model), image=str(image))
-    runs = [_started(python, program) for _ in range(options.rounds)]
+    try:
+        runs = [_started(python, program) for _ in range(options.rounds)]
+    except RuntimeError as error:
+        print(f"footprint: {name} is not measured: {error}", file=sys.stderr)
+        return
     yield Measurement("command to first answer", name, statistics.median(seconds for seconds, _ in runs), "s")
     yield Measurement("most memory", name, statistics.median(memory for _, memory in runs) / MB, "MB")
 
 
 def _started(python: str, program: str) -> tuple[float, float]:
-    """Seconds from the start of a process to its end, and the bytes of memory that it was seen to have at most."""
+    """Seconds from the start of a process to its end, and the bytes of memory that it was seen to have at most.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     started, most = time.monotonic(), 0
     process = psutil.Popen([python, "-c", program], stdout=subprocess.DEVNULL)
     while process.poll() is None:
@@ -120,7 +128,7 @@ def _started(python: str, program: str) -> tuple[float, float]:
             most = max(most, process.memory_info().rss)
         time.sleep(SAMPLED_S)
     if process.returncode:
-        raise SystemExit(f"footprint: {python} ended with {process.returncode}")
+        raise RuntimeError(f"{python} ended with {process.returncode}")
     return time.monotonic() - started, most
 
 

@@ -1,7 +1,8 @@
 """The images that are timed: those of data sets, or made from sample photographs where these are absent."""
 
+import argparse
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -11,21 +12,50 @@ from batch.samples import write_samples
 PHOTOGRAPHS: Final = {"1 MP": (1155, 866), "12 MP": (4000, 3000)}
 
 
-def make_images(workload: str, data_dir: Path, photos_dir: Path, folder: Path) -> list[Path]:
-    """Image files: photographs of a size that `PHOTOGRAPHS` names, and faces of 200 x 200 pixels for other workloads.
+class Images(NamedTuple):
+    """Files that are timed, and what they are, for the page."""
+
+    paths: list[Path]
+    description: str
+
+
+def add_photos_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--photos-dir`."""
+    parser.add_argument("--photos-dir", type=Path, help="JPEG photographs (default: two samples)")
+
+
+def add_image_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--data-dir` and `--photos-dir`."""
+    parser.add_argument("--data-dir", type=Path, help="JPEG chips of aligned faces (default: variants of a sample)")
+    add_photos_option(parser)
+
+
+def make_images(workload: str, data_dir: Path | None, photos_dir: Path | None, folder: Path) -> Images:
+    """Photographs of a size that `PHOTOGRAPHS` names, and faces of 200 x 200 pixels for other workloads.
 
     Args:
-        data_dir: aligned chips of faces.
-        photos_dir: photographs of any size.
+        data_dir: aligned chips of faces; without it, variants of a sample are made.
+        photos_dir: photographs of any size; without it, the samples are taken.
         folder: where what has to be made is written.
+
+    Raises:
+        SystemExit: a folder was given that holds no JPEG file.
     """
     if workload in PHOTOGRAPHS:
-        return _photographs(_found(photos_dir) or _samples(folder), PHOTOGRAPHS[workload], folder / workload)
-    return _found(data_dir) or _chips(folder)
+        sources = _found(photos_dir) if photos_dir else _samples(folder)
+        paths = _photographs(sources, PHOTOGRAPHS[workload], folder / workload)
+        return Images(paths, f"{len(paths)} photographs, enlarged to {workload}")
+    if data_dir is None:
+        paths = _chips(folder)
+        return Images(paths, f"{len(paths)} variants of a sample, 200 px")
+    paths = _found(data_dir)
+    return Images(paths, f"{len(paths):,} files of {data_dir.resolve().name}")
 
 
 def _found(folder: Path) -> list[Path]:
-    return sorted(path.resolve() for path in folder.glob("*.jpg")) if folder.is_dir() else []
+    if paths := sorted(path.resolve() for path in folder.glob("*.jpg")):
+        return paths
+    raise SystemExit(f"{folder} holds no .jpg file; give a folder that does, or leave it out for samples")
 
 
 def _samples(folder: Path) -> list[Path]:
@@ -45,7 +75,7 @@ def _chips(folder: Path) -> list[Path]:
 
 def _photographs(sources: list[Path], size: tuple[int, int], folder: Path) -> list[Path]:
     """Each enlarged to a size, with noise as a sensor has, so that its file is about as large as a camera's."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     noise = np.random.default_rng(0)
     paths = []
     for source in sources:

@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -140,7 +140,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=psutil.cpu_count(), help="per server (default: the cores)")
     parser.add_argument("--rivals-python", type=Path, help="an interpreter that has LitServe, FastAPI and the project")
     add_output_options(parser)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.paced and 8 not in options.clients:
+        parser.error("--paced takes its rate from 8 clients; add 8 to --clients, or leave --paced empty")
+    return options
 
 
 def _image(size: tuple[int, int]) -> bytes:
@@ -233,11 +236,9 @@ def _wait_until_it_answers(contestant: Contestant, process: subprocess.Popen[byt
     body = contestant.wrap(_image(SIZES["chip"]))
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        try:
-            if _Caller(contestant, body)():
-                return
-        except OSError:
-            time.sleep(0.5)
+        if _Caller(contestant, body)():
+            return
+        time.sleep(0.5)
     raise SystemExit(f"{contestant.name} did not start")
 
 
@@ -254,9 +255,13 @@ class _Caller:
 
     def __call__(self) -> bool:
         """Whether the answer was a good one."""
-        self._connection.request(*self._request)
-        response = self._connection.getresponse()
-        response.read()
+        try:
+            self._connection.request(*self._request)
+            response = self._connection.getresponse()
+            response.read()
+        except (OSError, HTTPException):
+            self._connection.close()  # the next request opens it again
+            return False
         return response.status == 200
 
 
