@@ -13,17 +13,18 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from agegender import Model, Predictor
 from training.augment import augment
 from training.branch import Branch, join
 from training.calibrate import age_interval, calibrate
 from training.data import Labels, near_duplicate_groups, parse_name, perceptual_hash, scan, split_samples
-from training.dataset import ARTIFACT, load_faces, read_splits, splits_path, write_splits
+from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
 from training.deploy import Deployed
 from training.face_resnet import FaceResNet, load_packaged_weights
 from training.loop import BEST, read_curve, train
-from training.loss import criterion, expected_age, label_targets
+from training.loss import Targets, criterion, expected_age, label_targets
 from training.network import AGE_BINS, Logits, Network, create_network
 from training.normalization import normalized_convolutions, standardize
 from training.options import TrainOptions
@@ -291,6 +292,26 @@ def test_a_killed_run_resumes_to_the_same_result(options: TrainOptions, tmp_path
 
     unbroken, resumed = go(tmp_path / "unbroken", 0), go(tmp_path / "resumed", 1)
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
+
+
+def test_all_workers_lose_patience_together(options: TrainOptions) -> None:
+    faces = load_faces(options)
+    targets = label_targets(*_labels(faces.samples["train"]))
+    patient = replace(options, epochs=3, patience=1)
+    options.out_dir.mkdir()
+    torch.multiprocessing.spawn(_train_better_and_better, (faces, targets, patient), nprocs=2)  # type: ignore[no-untyped-call]
+    assert len(read_curve(options.out_dir)) == 3
+
+
+def _train_better_and_better(rank: int, faces: Faces, targets: Targets, options: TrainOptions) -> None:
+    """One of two workers, whose epochs are each better than the one before."""
+    maes = iter((9.0, 8.0, 7.0))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{options.out_dir}/rendezvous", rank=rank, world_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("training.loop._validate", lambda *_: (next(maes), 0.5))
+        train(_network(), faces, targets, options, torch.device("cpu"))
+    dist.destroy_process_group()
 
 
 def test_other_options_do_not_resume_a_run(options: TrainOptions) -> None:

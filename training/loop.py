@@ -105,13 +105,14 @@ def train(network: Network, faces: Faces, targets: Targets, options: TrainOption
         chips = AugmentedChips(faces.samples["train"], faces.train_chips, size_px, options.seed, epoch)
         batches = _batches(chips, options, rank, world)
         loss = _train_one_epoch(replica, state, batches, targets, options, device, epoch)
+        row = None
         if val_chips is not None:
             lr = float(state.scheduler.get_last_lr()[0])
             mae, accuracy = _validate(state.ema.module, faces.samples["val"], val_chips, device)
-            curve.append(EpochResult(epoch, size_px, lr, loss, mae, accuracy))
+            row = EpochResult(epoch, size_px, lr, loss, mae, accuracy)
+        curve.append(_shared(row, device))
+        if rank == 0:
             _keep(state, curve, options.out_dir)
-        else:
-            curve.append(EpochResult(epoch, size_px, 0.0, loss, 0.0, 0.0))
 
 
 def read_curve(out_dir: Path) -> list[EpochResult]:
@@ -177,6 +178,15 @@ def _out_of_patience(curve: list[EpochResult], patience: int | None) -> bool:
         return False
     best = min(curve, key=lambda row: row.score)
     return curve[-1].epoch - best.epoch >= patience
+
+
+def _shared(row: EpochResult | None, device: torch.device) -> EpochResult:
+    """The first process's row, in every process: all of them must decide alike when to stop."""
+    rows = [row]
+    if dist.is_initialized():
+        dist.broadcast_object_list(rows, device=device)
+    assert rows[0] is not None
+    return rows[0]
 
 
 def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
