@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -318,6 +319,8 @@ def test_other_options_do_not_resume_a_run(options: TrainOptions) -> None:
     run(options)
     with pytest.raises(ValueError, match=r"other options \(lr\)"):
         run(replace(options, lr=1e-4))
+    with pytest.raises(ValueError, match=r"other options \(workers\)"):
+        run(replace(options, workers=2))
     run(replace(options, num_workers=1))  # finished: measured and exported again
 
 
@@ -578,29 +581,37 @@ def _labels(samples: list) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.slow
-def test_two_workers_train_as_one_does(options: TrainOptions, tmp_path: Path) -> None:
+@pytest.mark.parametrize("patience", [(), ("--patience", "1")])
+def test_two_workers_train_as_one_does(
+    patience: tuple[str, ...], options: TrainOptions, repository: Path, tmp_path: Path
+) -> None:
     """Through the real Ray Train; each worker normalizes over its own part of a batch, so the curves only resemble."""
-    call = [
-        sys.executable,
-        "-m",
-        "training",
-        "--data-dir",
-        str(options.data_dir),
-        "--cache-dir",
-        str(options.cache_dir),
-    ]
+    call = [sys.executable, "-m", "training", "--data-dir", str(options.data_dir), "--cache-dir", "cache", *patience]
     call += ["--size", "96", "--epochs", "2", "--batch-size", "16", "--num-workers", "0", "--threads", "1"]
     call += ["--val-frac", "0.2", "--test-frac", "0.2"]
     losses = []
-    for workers in (1, 2):
-        out = tmp_path / str(workers)
+    for workers in ("1", "2"):
         done = subprocess.run(
-            [*call, "--workers", str(workers), "--out-dir", str(out)],
+            [*call, "--workers", workers, "--out-dir", workers],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(repository)},
             capture_output=True,
             text=True,
             timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        losses.append([row.train_loss for row in read_curve(out)])
+        losses.append([row.train_loss for row in read_curve(tmp_path / workers)])
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_failing_worker_is_a_clear_error(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    from training.distributed import train_on_workers
+
+    faces = load_faces(options)
+    elsewhere = replace(options, workers=2, out_dir=options.data_dir / "portrait.jpg")  # where no folder can be
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    with pytest.raises(ValueError, match=r"training on 2 workers failed: .*Error.*portrait") as caught:
+        train_on_workers(_network(), faces, label_targets(*_labels(faces.samples["train"])), elsewhere)
+    assert "\n" not in str(caught.value)

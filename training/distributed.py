@@ -5,11 +5,11 @@ from typing import Any
 
 import ray
 import torch
-from ray.train import ScalingConfig
+from ray.train import ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device
 
 from training.dataset import Faces
-from training.loop import train
+from training.loop import make_deterministic, train
 from training.loss import Targets
 from training.network import Network
 from training.options import TrainOptions
@@ -20,7 +20,11 @@ __all__ = ["train_on_workers"]
 def train_on_workers(network: Network, faces: Faces, targets: Targets, options: TrainOptions) -> None:
     """Runs `train` with `options.workers` processes that average their gradients.
 
-    On several machines `out_dir` and `cache_dir` must lie on storage that all of them share.
+    On several machines `out_dir` and `cache_dir` must lie on storage that all of them share. Both must be absolute:
+    each worker runs in a directory of its own.
+
+    Raises:
+        ValueError: a worker failed.
     """
     ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=True)
     config = {"network": network, "faces": faces, "targets": targets, "options": options}
@@ -29,11 +33,20 @@ def train_on_workers(network: Network, faces: Faces, targets: Targets, options: 
         TorchTrainer(
             _work, train_loop_config=config, scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=use_gpu)
         ).fit()
+    except TrainingFailedError as error:
+        raise ValueError(f"training on {options.workers} workers failed: {_reason(error)}") from error
     finally:
         ray.shutdown()
+
+
+def _reason(error: TrainingFailedError) -> str:
+    """What Ray says in a traceback, in its last line."""
+    cause = next(iter(error.worker_failures.values()), error) if isinstance(error, WorkerGroupError) else error
+    return str(cause).strip().splitlines()[-1]
 
 
 def _work(config: dict[str, Any]) -> None:
     options: TrainOptions = config["options"]
     torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) // options.workers))
+    make_deterministic(options.seed)
     train(config["network"], config["faces"], config["targets"], options, get_device())

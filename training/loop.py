@@ -29,7 +29,7 @@ from training.loss import Targets, criterion, expected_age
 from training.network import Logits, Network
 from training.options import TrainOptions
 
-__all__ = ["BEST", "EpochResult", "predict_logits", "read_curve", "save_whole", "train"]
+__all__ = ["BEST", "EpochResult", "make_deterministic", "predict_logits", "read_curve", "save_whole", "train"]
 
 BEST: Final = "best.pt"
 _LAST: Final = "last.pt"
@@ -113,6 +113,14 @@ def train(network: Network, faces: Faces, targets: Targets, options: TrainOption
         curve.append(_shared(row, device))
         if rank == 0:
             _keep(state, curve, options.out_dir)
+
+
+def make_deterministic(seed: int) -> None:
+    """Lets this process compute the same from the same seed, again and again."""
+    torch.manual_seed(seed)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def read_curve(out_dir: Path) -> list[EpochResult]:

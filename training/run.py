@@ -26,7 +26,7 @@ from training.deploy import Deployed
 from training.distill import taught
 from training.evaluate import evaluate, predict_chips
 from training.export import export
-from training.loop import BEST, predict_logits, read_curve, save_whole, train
+from training.loop import BEST, make_deterministic, predict_logits, read_curve, save_whole, train
 from training.loss import Targets, label_targets
 from training.metrics import Scored, measure
 from training.network import Network, create_network
@@ -40,7 +40,7 @@ _STATISTICS: Final = 512  # chips that statistics of activations are estimated f
 
 # Options that change where or how fast a run goes, or how its result is exported, but not the training.
 _FREE: Final = (
-    *("cache_dir", "data_dir", "device", "num_workers", "out_dir", "patience", "resume", "threads", "workers"),
+    *("cache_dir", "data_dir", "device", "num_workers", "out_dir", "patience", "resume", "threads"),
     *("data_licence", "data_name", "mirror", "model_version", "precision"),
 )
 
@@ -54,6 +54,8 @@ def run(options: TrainOptions) -> Path:
     Raises:
         ValueError: options or data that cannot be trained with.
     """
+    # Ray's workers run in directories of their own.
+    options = dataclasses.replace(options, out_dir=options.out_dir.absolute(), cache_dir=options.cache_dir.absolute())
     _check_out_dir(options)
     device = _prepare(options)
     faces = load_faces(options)
@@ -98,10 +100,7 @@ def _prepare(options: TrainOptions) -> torch.device:
         raise ValueError(f"device {device} was asked for, but torch finds no CUDA device")
     keep_freed_memory()
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
-    torch.manual_seed(options.seed)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    make_deterministic(options.seed)
     return device
 
 
