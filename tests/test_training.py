@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from agegender import Model, Predictor
+from training.__main__ import main
 from training.augment import augment
 from training.branch import Branch, join
 from training.calibrate import age_interval, calibrate
@@ -322,6 +323,65 @@ def test_other_options_do_not_resume_a_run(options: TrainOptions) -> None:
     with pytest.raises(ValueError, match=r"other options \(workers\)"):
         run(replace(options, workers=2))
     run(replace(options, num_workers=1))  # finished: measured and exported again
+
+
+def test_a_folder_that_grew_does_not_resume_a_run(options: TrainOptions, lfw_faces: np.ndarray, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(options.data_dir, data)
+    brief = replace(options, data_dir=data, epochs=1)
+    path = run(brief)
+    before = splits_path(path).read_bytes()
+    cv2.imwrite(str(data / "30_0_0_20180109142408079.jpg"), lfw_faces[FACES])
+    with pytest.raises(ValueError, match=r"other pictures \(1 added\); give another --out-dir, or --no-resume"):
+        run(brief)
+    assert splits_path(path).read_bytes() == before
+
+
+def test_starting_over_leaves_nothing_of_the_earlier_run(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(replace(options, epochs=1))
+    again = replace(options, lr=1e-4, resume=False)
+    kept = sorted(options.out_dir.iterdir())
+    with pytest.raises(ValueError, match="unknown backbone"):
+        run(replace(again, backbone="resnet19"))
+    assert sorted(options.out_dir.iterdir()) == kept
+    monkeypatch.setattr("training.run.train", lambda *_: pytest.fail("killed in its first epoch"))
+    with pytest.raises(pytest.fail.Exception):
+        run(again)
+    for name in ("last.pt", BEST, "curve.csv", ARTIFACT):
+        assert not (options.out_dir / name).exists()
+    assert json.loads((options.out_dir / "options.json").read_text())["lr"] == 1e-4
+
+
+def test_advice_of_an_error_can_be_followed(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unknown backbone resnet19; take face_resnet"):
+        run(replace(options, backbone="resnet19"))
+    monkeypatch.setattr("training.run.train", lambda *_: pytest.fail("goes on"))
+    with pytest.raises(pytest.fail.Exception, match="goes on"):
+        run(options)
+
+
+def test_a_diverging_run_is_stopped(options: TrainOptions) -> None:
+    with pytest.raises(ValueError, match="diverged in epoch 1; lower --lr"):
+        run(replace(options, lr=1e9, epochs=1))
+    assert not (options.out_dir / BEST).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "; the same command goes on"), (["--no-resume"], "; the same command without --no-resume goes on")],
+)
+def test_an_interrupted_run_says_how_to_go_on(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_: TrainOptions) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.__main__.run", interrupt)
+    monkeypatch.setattr("sys.argv", ["training", "--data-dir", ".", *arguments])
+    assert main() == 130
+    assert message in capsys.readouterr().err
 
 
 def test_distillation_and_checkpoint_start_from_an_earlier_run(options: TrainOptions, tmp_path: Path) -> None:

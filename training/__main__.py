@@ -10,13 +10,17 @@ from training.run import run
 
 def main() -> int:
     """Returns the process's exit code."""
+    command = "the same command"
     try:
-        run(tyro.cli(TrainOptions, prog="python -m training"))
+        options = tyro.cli(TrainOptions, prog="python -m training")
+        if not options.resume:
+            command += " without --no-resume"
+        run(options)
     except (ValueError, OSError) as error:
         print(f"training: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("training: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"training: stopped; {command} goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 

@@ -146,8 +146,9 @@ def split_samples(
 ) -> list[Split]:
     """Deals whole groups of near-duplicates into train, val and test.
 
-    A group goes where the SHA-256 of the seed and its first member's digest says, so that a picture stays on its side
-    when others are added to the folder.
+    A group goes where the SHA-256 of the seed and the digest of its first member by path says, so that a picture stays
+    on its side when others are added to the folder: unless one of them is its near-duplicate and sorts before it, or
+    joins two groups into one.
     """
     return [_side(samples[int(group)].digest, val_frac, test_frac, seed) for group in groups]
 

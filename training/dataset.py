@@ -36,6 +36,10 @@ class Faces:
     chips: ChipCache
     rejected: Rejected
 
+    def splits(self) -> "Splits":
+        """Which picture is on which side."""
+        return Splits({each.digest[:_DIGITS]: side for side, part in self.samples.items() for each in part})
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -46,6 +50,16 @@ class Splits:
     def of(self, sample: Sample) -> str | None:
         """The split of a picture, or None if the run did not have it."""
         return self.sides.get(sample.digest[:_DIGITS])
+
+    def changes(self, other: "Splits") -> str:
+        """How others differ from these, in words; empty if they do not."""
+        own, others = self.sides, other.sides
+        counts = {
+            "added": len(others.keys() - own.keys()),
+            "gone": len(own.keys() - others.keys()),
+            "on another side": sum(own[digest] != others[digest] for digest in own.keys() & others.keys()),
+        }
+        return ", ".join(f"{count} {change}" for change, count in counts.items() if count)
 
 
 def load_faces(options: TrainOptions) -> Faces:
@@ -93,7 +107,7 @@ def _unknown_to_teachers(samples: list[Sample], teachers: Sequence[Path], reject
 
 def write_splits(faces: Faces, path: Path) -> None:
     """Writes which picture was on which side, so that nobody tests on what was trained on: lines of `digest,split`."""
-    lines = [f"{sample.digest[:_DIGITS]},{side}\n" for side, part in faces.samples.items() for sample in part]
+    lines = [f"{digest},{side}\n" for digest, side in faces.splits().sides.items()]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("digest,split\n" + "".join(sorted(lines)))
     os.replace(temporary, path)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
@@ -15,9 +16,9 @@ from training.network import create_network
 from training.options import TrainOptions
 from training.quantize import is_rounded
 
-__all__ = ["average", "taught", "teacher_probs"]
+__all__ = ["TAUGHT", "average", "taught", "teacher_probs"]
 
-_TAUGHT = "taught.pt"
+TAUGHT: Final = "taught.pt"
 
 
 def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, device: torch.device) -> Probs:
@@ -51,7 +52,7 @@ def taught(runs: Sequence[Path], samples: Sequence[Sample], options: TrainOption
     Raises:
         ValueError: see `teacher_probs`.
     """
-    path = options.out_dir / _TAUGHT
+    path = options.out_dir / TAUGHT
     key = [sample.digest for sample in samples] + [str(run) for run in runs]
     if options.resume and path.exists():
         kept = torch.load(path, weights_only=True)

@@ -1,6 +1,7 @@
 """Chips + labels -> trained weights: the epochs, their checkpoints and their curves."""
 
 import csv
+import math
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -29,11 +30,21 @@ from training.loss import Targets, criterion, expected_age
 from training.network import Logits, Network
 from training.options import TrainOptions
 
-__all__ = ["BEST", "EpochResult", "make_deterministic", "predict_logits", "read_curve", "save_whole", "train"]
+__all__ = [
+    "BEST",
+    "CURVE",
+    "LAST",
+    "EpochResult",
+    "make_deterministic",
+    "predict_logits",
+    "read_curve",
+    "save_whole",
+    "train",
+]
 
 BEST: Final = "best.pt"
-_LAST: Final = "last.pt"
-_CURVE: Final = "curve.csv"
+LAST: Final = "last.pt"
+CURVE: Final = "curve.csv"
 _GRADIENT_CLIP: Final = 5.0
 _WARM_UP_SHARE: Final = 0.1
 _EVAL_BATCH: Final = 128
@@ -90,6 +101,9 @@ def train(network: Network, faces: Faces, targets: Targets, options: TrainOption
         targets: of the training split, in its order.
         options: of the run.
         device: where the network runs.
+
+    Raises:
+        ValueError: the training diverged.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
@@ -111,6 +125,7 @@ def train(network: Network, faces: Faces, targets: Targets, options: TrainOption
             mae, accuracy = _validate(state.ema.module, faces.samples["val"], val_chips, device)
             row = EpochResult(epoch, size_px, lr, loss, mae, accuracy)
         curve.append(_shared(row, device))
+        _check_finite(curve[-1])
         if rank == 0:
             _keep(state, curve, options.out_dir)
 
@@ -124,8 +139,10 @@ def make_deterministic(seed: int) -> None:
 
 
 def read_curve(out_dir: Path) -> list[EpochResult]:
-    """The learning curves of a run."""
-    with (out_dir / _CURVE).open(newline="") as file:
+    """The learning curves of a run; none where its folder has no such file."""
+    if not (out_dir / CURVE).exists():
+        return []
+    with (out_dir / CURVE).open(newline="") as file:
         return [
             EpochResult(int(row["epoch"]), int(row["size_px"]), *(float(value) for value in list(row.values())[2:]))
             for row in csv.DictReader(file)
@@ -174,7 +191,7 @@ def _warmed_up_average(decay: float) -> Callable[..., None]:
 
 def _resume(state: _State, options: TrainOptions) -> list[EpochResult]:
     try:
-        checkpoint = torch.load(options.out_dir / _LAST, weights_only=True)
+        checkpoint = torch.load(options.out_dir / LAST, weights_only=True)
     except FileNotFoundError:
         return []
     state.load_state_dict(checkpoint["state"])
@@ -195,6 +212,13 @@ def _shared(row: EpochResult | None, device: torch.device) -> EpochResult:
         dist.broadcast_object_list(rows, device=device)
     assert rows[0] is not None
     return rows[0]
+
+
+def _check_finite(row: EpochResult) -> None:
+    if not math.isfinite(row.score):
+        raise ValueError(
+            f"the training diverged in epoch {row.epoch + 1}; lower --lr, with another --out-dir or --no-resume"
+        )
 
 
 def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -300,7 +324,7 @@ def _keep(state: _State, curve: list[EpochResult], out_dir: Path) -> None:
     with SummaryWriter(str(out_dir / "tensorboard"), purge_step=row.epoch) as writer:
         for name, value in asdict(row).items():
             writer.add_scalar(name, value, row.epoch)
-    with (out_dir / _CURVE).open("w", newline="") as file:
+    with (out_dir / CURVE).open("w", newline="") as file:
         table = csv.DictWriter(file, list(asdict(row)))
         table.writeheader()
         table.writerows(asdict(each) for each in curve)
@@ -310,7 +334,7 @@ def _keep(state: _State, curve: list[EpochResult], out_dir: Path) -> None:
     )
     if row.score <= min(each.score for each in curve):
         save_whole(state.ema.module.state_dict(), out_dir / BEST)
-    save_whole({"state": state.state_dict(), "curve": [asdict(each) for each in curve]}, out_dir / _LAST)
+    save_whole({"state": state.state_dict(), "curve": [asdict(each) for each in curve]}, out_dir / LAST)
 
 
 def save_whole(value: object, path: Path) -> None:

@@ -21,12 +21,12 @@ from training.backbones import FOLDED
 from training.branch import join, parse_backbones
 from training.calibrate import COVERAGE, calibrate
 from training.data import Rejected
-from training.dataset import ARTIFACT, Faces, load_faces, splits_path, write_splits
+from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
 from training.deploy import Deployed
-from training.distill import taught
+from training.distill import TAUGHT, taught
 from training.evaluate import evaluate, predict_chips
 from training.export import export
-from training.loop import BEST, make_deterministic, predict_logits, read_curve, save_whole, train
+from training.loop import BEST, CURVE, LAST, make_deterministic, predict_logits, read_curve, save_whole, train
 from training.loss import Targets, label_targets
 from training.metrics import Scored, measure
 from training.network import Network, create_network
@@ -36,6 +36,8 @@ from training.quantize import check_quantizable, is_rounded, round_to_eight_bits
 
 __all__ = ["run"]
 
+_OPTIONS: Final = "options.json"
+_START_OVER: Final = "give another --out-dir, or --no-resume to start over"
 _STATISTICS: Final = 512  # chips that statistics of activations are estimated from
 
 # Options that change where or how fast a run goes, or how its result is exported, but not the training.
@@ -56,11 +58,16 @@ def run(options: TrainOptions) -> Path:
     """
     # Ray's workers run in directories of their own.
     options = dataclasses.replace(options, out_dir=options.out_dir.absolute(), cache_dir=options.cache_dir.absolute())
-    _check_out_dir(options)
+    begun = options.resume and (options.out_dir / LAST).exists()
+    if begun:
+        _check_options(options)
     device = _prepare(options)
     faces = load_faces(options)
-    _report_faces(faces, options.out_dir)
+    print(_summary(faces), flush=True)
+    if begun:
+        _check_splits(faces, options.out_dir)
     network = _initial_network(options, faces)
+    _begin(options, faces)
     if options.epochs == 0:
         save_whole(network.state_dict(), options.out_dir / BEST)
     elif options.workers > 1:
@@ -77,20 +84,40 @@ def run(options: TrainOptions) -> Path:
     return _finish(network, faces, options)
 
 
-def _check_out_dir(options: TrainOptions) -> None:
-    """Refuses to go on with other options than the run in `out_dir` began with, and records these."""
+def _check_options(options: TrainOptions) -> None:
+    """Refuses to go on with other options than the run in `out_dir` began with."""
+    begun: dict[str, Any] = json.loads((options.out_dir / _OPTIONS).read_text())
+    resolved = _resolved(options)
+    changed = [name for name in resolved if name not in _FREE and begun.get(name) != resolved[name]]
+    if changed:
+        raise ValueError(f"{options.out_dir} holds a run with other options ({', '.join(changed)}); {_START_OVER}")
+
+
+def _resolved(options: TrainOptions) -> dict[str, Any]:
+    """The options as JSON has them."""
+    resolved: dict[str, Any] = json.loads(json.dumps(asdict(options), default=str))
+    return resolved
+
+
+def _check_splits(faces: Faces, out_dir: Path) -> None:
+    """Refuses to go on with other splits: what was trained on could come to be tested on."""
+    changes = read_splits(splits_path(out_dir / ARTIFACT)).changes(faces.splits())
+    if changes:
+        raise ValueError(f"{out_dir} holds a run with other pictures ({changes}); {_START_OVER}")
+
+
+def _begin(options: TrainOptions, faces: Faces) -> None:
+    """Records what the run trains on and how; what an earlier run left goes, unless this one goes on with it."""
     options.out_dir.mkdir(parents=True, exist_ok=True)
-    path = options.out_dir / "options.json"
-    resolved = json.loads(json.dumps(asdict(options), default=str))
-    if options.resume and path.exists():
-        begun: dict[str, Any] = json.loads(path.read_text())
-        changed = [name for name in resolved if name not in _FREE and begun.get(name) != resolved[name]]
-        if changed:
-            raise ValueError(
-                f"{options.out_dir} holds a run with other options ({', '.join(changed)}); "
-                "give another --out-dir, or --no-resume to start over"
-            )
-    path.write_text(json.dumps(resolved, indent=1) + "\n")
+    if not options.resume:
+        for name in (LAST, BEST, CURVE, TAUGHT, ARTIFACT):
+            (options.out_dir / name).unlink(missing_ok=True)
+    _write_rejected(faces.rejected, options.out_dir / "rejected.csv")
+    write_splits(faces, splits_path(options.out_dir / ARTIFACT))
+    path = options.out_dir / _OPTIONS
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(_resolved(options), indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def _prepare(options: TrainOptions) -> torch.device:
@@ -104,11 +131,9 @@ def _prepare(options: TrainOptions) -> torch.device:
     return device
 
 
-def _report_faces(faces: Faces, out_dir: Path) -> None:
+def _summary(faces: Faces) -> str:
     sizes = ", ".join(f"{len(part)} {side}" for side, part in faces.samples.items())
-    print(f"faces: {sizes}; left out: {faces.rejected.counts() or 'none'}", flush=True)
-    _write_rejected(faces.rejected, out_dir / "rejected.csv")
-    write_splits(faces, splits_path(out_dir / ARTIFACT))
+    return f"faces: {sizes}; left out: {faces.rejected.counts() or 'none'}"
 
 
 def _write_rejected(rejected: Rejected, path: Path) -> None:
@@ -192,7 +217,7 @@ def _finish(network: Network, faces: Faces, options: TrainOptions) -> Path:
     figures = measure(Scored.of([sample.labels for sample in test], predictions))
     metrics = {name: round(figure.value, 4) for name, figure in figures.items()}
     export(deployed, calibration, dataclasses.replace(spec, metrics={"pictures": len(test), **metrics}), path)
-    curve = read_curve(options.out_dir) if options.epochs else []
+    curve = read_curve(options.out_dir)
     print("test split:")
     evaluate(Model(path, device="cpu"), test, faces.chips, options.out_dir, curve=curve)
     print(f"artifact: {path}")
