@@ -398,15 +398,20 @@ def test_distillation_and_checkpoint_start_from_an_earlier_run(options: TrainOpt
         run(replace(student, out_dir=tmp_path / "other", teacher=(options.out_dir, tmp_path / "nothing")))
 
 
-def test_a_pupil_is_not_judged_by_what_its_teacher_was_trained_on(options: TrainOptions, tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["teacher", "checkpoint"])
+def test_a_network_is_not_judged_by_what_it_inherits(source: str, options: TrainOptions, tmp_path: Path) -> None:
     faces = load_faces(options)
     write_splits(faces, splits_path(tmp_path / ARTIFACT))
-    pupil = replace(options, seed=1, teacher=(tmp_path,))
-    own, left = load_faces(replace(pupil, teacher=())), load_faces(pupil)
+    heir = replace(options, seed=1, **{source: (tmp_path / BEST if source == "checkpoint" else tmp_path,)})
+    own, left = load_faces(replace(options, seed=1)), load_faces(heir)
     known = {sample.digest for sample in faces.samples["train"]}
     assert known & {sample.digest for sample in own.samples["test"]}
     assert not known & {sample.digest for side in ("val", "test") for sample in left.samples[side]}  # type: ignore[index]
-    assert "a teacher was trained on it" in left.rejected.counts()
+    assert "a teacher or checkpoint was trained on it" in left.rejected.counts()
+    path = splits_path(tmp_path / "heir" / ARTIFACT)
+    path.parent.mkdir()
+    write_splits(left, path)
+    assert {read_splits(path).of(sample) for sample in faces.samples["train"]} == {"train"}
 
 
 def test_packaged_face_weights_are_dlibs() -> None:

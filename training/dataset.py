@@ -29,16 +29,20 @@ class Faces:
         train_chips: a quarter larger than the network's chips, so that augmentation has something to cut from.
         chips: of the validation and test splits, cut as in inference.
         rejected: what was left out.
+        inherited: what teachers and checkpoints were trained on, by the first digits of the SHA-256; none of it is in
+            the validation and test splits.
     """
 
     samples: dict[Split, list[Sample]]
     train_chips: ChipCache
     chips: ChipCache
     rejected: Rejected
+    inherited: frozenset[str]
 
     def splits(self) -> "Splits":
-        """Which picture is on which side."""
-        return Splits({each.digest[:_DIGITS]: side for side, part in self.samples.items() for each in part})
+        """Which picture is on which side; what the network inherits from counts as trained on."""
+        own = {each.digest[:_DIGITS]: side for side, part in self.samples.items() for each in part}
+        return Splits({**dict.fromkeys(self.inherited, "train"), **own})
 
 
 @dataclass(frozen=True)
@@ -82,24 +86,30 @@ def load_faces(options: TrainOptions) -> Faces:
     splits: dict[Split, list[Sample]] = {"train": [], "val": [], "test": []}
     for sample, side in zip(samples, sides, strict=True):
         splits[side].append(sample)
+    inherited = _inherited(options)
     for side in ("val", "test"):
-        splits[side] = _unknown_to_teachers(splits[side], options.teacher, rejected)
+        splits[side] = _unseen(splits[side], inherited, rejected)
     if options.balanced_by_gender:
         splits["train"] = _balanced(splits["train"], options.max_per_gender, options.seed)
     if not all(splits.values()):
         sizes = ", ".join(f"{side} {len(part)}" for side, part in splits.items())
         raise ValueError(f"too few usable pictures in {options.data_dir} for three splits: {sizes}")
     _, chips = load_chips(splits["val"] + splits["test"], options.size, *cut)
-    return Faces(splits, train_chips, chips, rejected)
+    return Faces(splits, train_chips, chips, rejected, inherited)
 
 
-def _unknown_to_teachers(samples: list[Sample], teachers: Sequence[Path], rejected: Rejected) -> list[Sample]:
-    """Leaves out what a teacher was trained on: its pupil would be judged by what it was told."""
-    known = [read_splits(splits_path(run / ARTIFACT)) for run in teachers]
+def _inherited(options: TrainOptions) -> frozenset[str]:
+    runs = (*options.teacher, *(path.parent for path in options.checkpoint))
+    known = [read_splits(splits_path(run / ARTIFACT)).sides for run in runs]
+    return frozenset(digest for sides in known for digest, side in sides.items() if side == "train")
+
+
+def _unseen(samples: list[Sample], inherited: frozenset[str], rejected: Rejected) -> list[Sample]:
+    """Leaves out what a teacher or checkpoint was trained on: the network would be judged by what it was told."""
     kept = []
     for sample in samples:
-        if any(splits.of(sample) == "train" for splits in known):
-            rejected.reasons[sample.path] = "a teacher was trained on it"
+        if sample.digest[:_DIGITS] in inherited:
+            rejected.reasons[sample.path] = "a teacher or checkpoint was trained on it"
         else:
             kept.append(sample)
     return kept
