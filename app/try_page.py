@@ -14,7 +14,7 @@ from agegender import AgeGenderError, Item
 from agegender.records import arrow_table, to_json
 from app.engine import Engine, choose_engine, describe_model
 from app.messages import show_error
-from app.view import View, show_view
+from app.photograph import View, show_view
 
 __all__ = ["show"]
 

@@ -43,13 +43,11 @@ class Script:
         title: of its section.
         quick: options for a run of a minute.
         takes: which of the options that all share it knows.
-        reports: whether it writes tables and figures to files; what it prints is taken otherwise.
     """
 
     title: str
     quick: Sequence[str]
     takes: Sequence[str] = ()
-    reports: bool = True
 
 
 SCRIPTS: Final = {
@@ -73,7 +71,7 @@ SCRIPTS: Final = {
         "How the batch job grows",
         ("--sizes", "500", "2000", "--slice", "0", "--names", "100000", "--parts", "20"),
     ),
-    "app": Script("The app", ("--uploads", "3", "--rows", "20000"), reports=False),
+    "app": Script("The app", ("--uploads", "3", "--rows", "20000")),
 }
 
 
@@ -121,7 +119,7 @@ def _run(name: str, script: Script, options: argparse.Namespace) -> bool:
     """Runs a script, and keeps its section of the page. Returns whether it went well."""
     kept = {kind: options.keep_dir / f"{name}.{kind}" for kind in ("md", "json", "out", "log", "section")}
     call = ["-m", f"benchmarks.{name}", *_settings(script, options)]
-    hidden = ["--markdown", str(kept["md"]), "--json", str(kept["json"])] if script.reports else []
+    hidden = ["--markdown", str(kept["md"]), "--json", str(kept["json"])]
     if options.peer_python and "peer_python" in script.takes:
         hidden += ["--peer-python", str(options.peer_python)]
     busy, started = os.getloadavg()[0] / (psutil.cpu_count() or 1), time.monotonic()
@@ -133,7 +131,7 @@ def _run(name: str, script: Script, options: argparse.Namespace) -> bool:
     if code:
         lines += [f"**Not measured**: it ended with {code}: {_last_line(kept['log'])}", ""]
     else:
-        lines += [kept["md"].read_text() if script.reports else f"```text\n{kept['out'].read_text()}```\n"]
+        lines += [kept["md"].read_text()]
         lines += _plot(name, kept["json"], options.out_dir)
     kept["section"].write_text("\n".join(lines))
     return code == 0

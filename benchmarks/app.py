@@ -9,12 +9,14 @@ files; its page is measured in the browser from a cold start, and what its reade
 import argparse
 import io
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,42 +26,72 @@ from playwright.sync_api import Browser, Page
 
 from agegender.records import arrow_schema
 from app.scores import INTERVAL_WIDTH, Scores, Selection
+from benchmarks.outputs import add_output_options, write_outputs
 from tests.browsing import chromium, open_page, running_app, settle, upload
 from tests.conftest import package_file
+
+T = TypeVar("T")
 
 _SIZE_PX: Final = (1000, 1000)
 _FILES: Final = 10
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """One figure; seconds."""
+
+    part: str
+    what: str
+    seconds: float
+
+
 def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.app", description=__doc__)
-    parser.add_argument("--uploads", type=int, default=20, help="photographs to give (default %(default)s)")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the output (default %(default)s)")
-    options = parser.parse_args()
+    options = _options()
     with tempfile.TemporaryDirectory() as folder, running_app(Path(folder) / "app.log") as app, chromium() as browser:
-        _measure_uploads(open_page(browser, app.address), options.uploads)
         out = Path(folder) / "out"
         _write_output(out, options.rows)
-        _measure_reader(out)
-        _measure_page(browser, app.address, out)
-        print("\n".join(app.warnings()))
+        results = [
+            *_measure_uploads(open_page(browser, app.address), options.uploads),
+            *_measure_reader(out),
+            *_measure_page(browser, app.address, out),
+        ]
+        print("\n".join(app.warnings()), file=sys.stderr)
+    lines = [
+        f"{options.uploads} uploads; an output of {options.rows:,} rows.",
+        "",
+        "| part | what | s |",
+        "|---|---|---|",
+    ]
+    report = "\n".join([*lines, *(f"| {each.part} | {each.what} | {each.seconds:.2f} |" for each in results)])
+    print(report)
+    write_outputs(options, report, results)
 
 
-def _measure_uploads(page: Page, uploads: int) -> None:
-    seconds = []
-    for number, photo in enumerate(_photographs(uploads + 1)):
-        started = time.perf_counter()
-        upload(page, (f"{number}.jpg", photo))
-        page.get_by_role("heading", name=f"{number}.jpg", exact=True).wait_for()
-        page.get_by_test_id("stMain").get_by_text("detector score").last.wait_for()
-        seconds.append(time.perf_counter() - started)
-        settle(page)
-        page.get_by_role("button", name=f"Remove {number}.jpg").click()
-        settle(page)
-    later = sorted(seconds[1:])
-    print(f"upload to card: first {seconds[0]:.2f} s; then median {statistics.median(later):.2f} s, ", end="")
-    print(f"largest {later[-1]:.2f} s of {len(later)}")
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--uploads", type=int, default=20, help="photographs to give (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the output (default %(default)s)")
+    add_output_options(parser)
+    return parser.parse_args()
+
+
+def _measure_uploads(page: Page, uploads: int) -> Iterator[Measurement]:
+    seconds = [_upload_s(page, number, photo) for number, photo in enumerate(_photographs(uploads + 1))]
+    later = seconds[1:]
+    for what, value in (("first", seconds[0]), ("median", statistics.median(later)), ("slowest", max(later))):
+        yield Measurement("upload to card", what, value)
+
+
+def _upload_s(page: Page, number: int, photo: bytes) -> float:
+    started = time.perf_counter()
+    upload(page, (f"{number}.jpg", photo))
+    page.get_by_role("heading", name=f"{number}.jpg", exact=True).wait_for()
+    page.get_by_test_id("stMain").get_by_text("detector score").last.wait_for()
+    seconds = time.perf_counter() - started
+    settle(page)
+    page.get_by_role("button", name=f"Remove {number}.jpg").click()
+    settle(page)
+    return seconds
 
 
 def _photographs(count: int) -> Iterator[bytes]:
@@ -104,9 +136,9 @@ def _made_up(numbers: np.ndarray[Any, Any], generator: np.random.Generator) -> p
     return pa.Table.from_arrays(arrays, schema=arrow_schema())
 
 
-def _measure_reader(out: Path) -> None:
-    with _timed("reader: open"):
-        scores = Scores(str(out))
+def _measure_reader(out: Path) -> Iterator[Measurement]:
+    scores, seconds = _timed(lambda: Scores(str(out)))
+    yield Measurement("reader", "open", seconds)
     selections = {
         "all rows": Selection(),
         "women of 20 to 30": Selection(genders=("female",), ages=(20, 30)),
@@ -115,13 +147,13 @@ def _measure_reader(out: Path) -> None:
         "path contains": Selection(path_part="00042"),
     }
     for name, selection in selections.items():
-        with _timed(f"reader: {name}"):
-            numbers = scores.select(selection)
-        with _timed(f"reader: {name}, first 100 of {len(numbers):,} rows"):
-            scores.rows(numbers[:100])
+        numbers, seconds = _timed(partial(scores.select, selection))
+        yield Measurement("reader", name, seconds)
+        _, seconds = _timed(partial(scores.rows, numbers[:100]))
+        yield Measurement("reader", f"{name}, first 100 of {len(numbers):,} rows", seconds)
 
 
-def _measure_page(browser: Browser, address: str, out: Path) -> None:
+def _measure_page(browser: Browser, address: str, out: Path) -> Iterator[Measurement]:
     page = open_page(browser, f"{address}/results")
     actions: dict[str, Callable[[], None]] = {
         "open": lambda: _enter(page, "Output directory", str(out)),
@@ -130,9 +162,10 @@ def _measure_page(browser: Browser, address: str, out: Path) -> None:
         "next page": lambda: page.get_by_role("button", name="Page 2", exact=True).click(),
     }
     for name, act in actions.items():
-        with _timed(f"page: {name}"):
-            act()
-            settle(page)
+        started = time.perf_counter()
+        act()
+        settle(page)
+        yield Measurement("page", name, time.perf_counter() - started)
 
 
 def _enter(page: Page, label: str, text: str) -> None:
@@ -140,12 +173,10 @@ def _enter(page: Page, label: str, text: str) -> None:
     page.keyboard.press("Enter")
 
 
-@contextmanager
-def _timed(what: str) -> Iterator[None]:
-    started, processor = time.perf_counter(), time.process_time()
-    yield
-    wall_s, processor_s = time.perf_counter() - started, time.process_time() - processor
-    print(f"{what}: {wall_s:.2f} s ({processor_s:.2f} s of this process)", flush=True)
+def _timed(function: Callable[[], T]) -> tuple[T, float]:
+    started = time.perf_counter()
+    value = function()
+    return value, time.perf_counter() - started
 
 
 if __name__ == "__main__":

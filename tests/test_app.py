@@ -364,7 +364,7 @@ def test_a_cut_face_is_a_square_that_holds_the_middle_of_its_box(box: tuple[floa
 
 
 def test_the_shown_photograph_is_bounded(encode: Any) -> None:
-    from app.view import View
+    from app.photograph import View
 
     large = encode(Image.new("RGB", (6000, 3000), "grey"), "JPEG")
     view = View.of(

@@ -25,7 +25,7 @@ def samples(ages: list[int]) -> list[Sample]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One script that measures a little, and one that fails."""
     little = ("--workloads", "whole", "--rounds", "1", "--seconds", "0.2", "--limit", "4")
-    chain = bench.Script("The chain", little, ("data_dir",))
+    chain = bench.Script("The chain", little)
     monkeypatch.setattr(bench, "SCRIPTS", {"chain": chain, "accuracy": bench.Script("Accuracy", (), ("data_dir",))})
 
 
@@ -42,6 +42,7 @@ def test_a_script_that_fails_loses_nothing_of_the_others(
     assert "failed: accuracy" in capsys.readouterr().out
     assert f"**Not measured**: it ended with 1: accuracy: no usable picture in {empty}" in page
     assert "python -m benchmarks.chain --workloads whole" in page
+    assert "python -m benchmarks.accuracy --data-dir path/to/empty" in page
     assert "| whole | 1.0 |" in page
     assert (tmp_path / "figures" / "chain.svg").read_text().count("<svg") == 1
     sections = {path.stem for path in (tmp_path / "keep").glob("*.section")}
@@ -58,11 +59,10 @@ def test_names_that_are_no_benchmark_are_refused(capsys: pytest.CaptureFixture[s
 def test_every_script_exists_and_knows_what_it_is_given(repository: Path) -> None:
     for name, script in bench.SCRIPTS.items():
         text = (repository / "benchmarks" / f"{name}.py").read_text()
-        if "add_output_options(parser)" in text:
-            text += (repository / "benchmarks" / "outputs.py").read_text()
-        hidden = ("markdown", "json") if script.reports else ()
+        text += (repository / "benchmarks" / "outputs.py").read_text()
+        text += (repository / "benchmarks" / "images.py").read_text()
         options = [option for option in script.quick if option.startswith("--")]
-        wanted = [*options, *(f"--{each.replace('_', '-')}" for each in (*script.takes, *hidden))]
+        wanted = [*options, *(f"--{each.replace('_', '-')}" for each in (*script.takes, "markdown", "json"))]
         assert [option for option in wanted if f'"{option}"' not in text] == []
     assert set(plots.PLOTS) <= set(bench.SCRIPTS)
 
