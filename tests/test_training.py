@@ -24,12 +24,13 @@ from training.calibrate import age_interval, calibrate
 from training.data import Labels, near_duplicate_groups, parse_name, perceptual_hash, scan, split_samples
 from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
 from training.deploy import Deployed
+from training.export import Artifact
 from training.face_resnet import FaceResNet, load_packaged_weights
-from training.loop import BEST, read_curve, train
+from training.loop import BEST, _validate, read_curve, train
 from training.loss import Targets, criterion, expected_age, label_targets
 from training.network import AGE_BINS, Logits, Network, create_network
 from training.normalization import normalized_convolutions, standardize
-from training.options import TrainOptions
+from training.options import AgeLoss, TrainOptions
 from training.plain import make_plain
 from training.quantize import check_quantizable, convert, is_rounded, round_to_eight_bits
 from training.run import run
@@ -247,14 +248,38 @@ def test_calibration_reaches_its_coverage_on_fresh_data() -> None:
     logits = Logits(age_logits, gender_logits)
     labels = torch.tensor(ages, dtype=torch.float32).round(), torch.tensor(gender)
     half = slice(0, 4000)
-    calibration = calibrate(Logits(*(each[half] for each in logits)), *(each[half] for each in labels))
-    _, low, high = age_interval(age_logits[4000:], torch.tensor(calibration.radii))
+    calibration = calibrate(Logits(*(each[half] for each in logits)), *(each[half] for each in labels), mean=False)
+    _, low, high = age_interval(age_logits[4000:], torch.tensor(calibration.radii), calibration.mean)
     covered = ((low <= labels[0][4000:]) & (labels[0][4000:] <= high)).float()
     assert covered.mean().item() == pytest.approx(0.9, abs=0.02)
     for first, last in ((0, 12), (18, 34), (65, 90)):
         band = (labels[0][4000:] >= first) & (labels[0][4000:] <= last)
         assert covered[band].mean().item() == pytest.approx(0.9, abs=0.04)
     assert calibration.gender_temperature > 1.5
+
+
+@pytest.mark.parametrize(("age_loss", "age"), [("distribution", 10.0), ("l1", 37.0), ("mse", 37.0)])
+def test_validation_and_artifact_predict_what_was_trained(
+    age_loss: AgeLoss, age: float, options: TrainOptions, tmp_path: Path
+) -> None:
+    """On a distribution with 0.7 at 10 and 0.3 at 100 years, whose mean is 37."""
+
+    class Certain(torch.nn.Module):
+        def forward(self, chips: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            probs = torch.zeros(117)
+            probs[10], probs[100] = 0.7, 0.3
+            return probs.log().expand(chips.shape[0], 117), torch.zeros(chips.shape[0], 2)
+
+    samples = [sample for side in load_faces(options).samples.values() for sample in side]
+    logits = Logits(*Certain()(torch.zeros(len(samples), 1)))
+    ages, genders = (torch.tensor(labels) for labels in _labels(samples))
+    mean = replace(options, age_loss=age_loss).mean
+    artifact = Artifact(Certain(), calibrate(logits, ages.float(), genders, mean=mean))  # type: ignore[arg-type]
+    chips = np.zeros((len(samples), 8, 8, 3), np.uint8)
+    answer = artifact(torch.from_numpy(chips).permute(0, 3, 1, 2))
+    assert answer.age.tolist() == pytest.approx([age] * len(samples), abs=0.5)
+    mae, _ = _validate(Certain(), samples, chips, mean, torch.device("cpu"))
+    assert mae == pytest.approx(float((ages - answer.age).abs().mean()))
 
 
 def test_a_run_ends_in_an_artifact_that_predicts(options: TrainOptions, labelled_dir: Path) -> None:
@@ -677,6 +702,6 @@ def test_a_failing_worker_is_a_clear_error(options: TrainOptions, monkeypatch: p
     faces = load_faces(options)
     elsewhere = replace(options, workers=2, out_dir=options.data_dir / "portrait.jpg")  # where no folder can be
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    with pytest.raises(ValueError, match=r"training on 2 workers failed: .*Error.*portrait") as caught:
+    with pytest.raises(ValueError, match=r"training on 2 workers failed: .*portrait") as caught:
         train_on_workers(_network(), faces, label_targets(*_labels(faces.samples["train"])), elsewhere)
     assert "\n" not in str(caught.value)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from training.metrics import AGE_BANDS
 from training.network import AGE_BINS, Logits
 
-__all__ = ["COVERAGE", "Calibration", "age_interval", "calibrate"]
+__all__ = ["COVERAGE", "Calibration", "age_interval", "calibrate", "predicted_age"]
 
 COVERAGE: Final = 0.9
 
@@ -33,23 +33,26 @@ class Calibration:
     Attributes:
         radii: r(y) for each year from 0 to 116, in spreads.
         gender_temperature: divides the gender logits.
+        mean: predict the mean of the distribution over the years instead of its median.
     """
 
     radii: tuple[float, ...]
     gender_temperature: float
+    mean: bool
 
 
-def age_interval(age_logits: Tensor, radii: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def age_interval(age_logits: Tensor, radii: Tensor, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Point prediction and interval, in code that TorchScript compiles.
 
     Args:
         age_logits: (N, 117) float32.
         radii: (117,) float32, see `Calibration`.
+        mean: see `Calibration`.
 
     Returns:
         age, age_low, age_high: (N,) float32, years, with age_low <= age <= age_high.
     """
-    age, spread = _age_and_spread(age_logits)
+    age, spread = _age_and_spread(age_logits, mean)
     years = torch.arange(age_logits.shape[1], device=age_logits.device).to(age_logits.dtype)
     inside = (years[None, :] - age[:, None]).abs() <= radii[None, :] * spread[:, None]
     low = torch.where(inside, years, age[:, None]).min(dim=1).values
@@ -57,31 +60,37 @@ def age_interval(age_logits: Tensor, radii: Tensor) -> tuple[Tensor, Tensor, Ten
     return age, low, high
 
 
-def calibrate(logits: Logits, ages: Tensor, genders: Tensor) -> Calibration:
+def calibrate(logits: Logits, ages: Tensor, genders: Tensor, *, mean: bool) -> Calibration:
     """Fits the calibration.
 
     Args:
         logits: of N validation faces.
         ages: (N,) float32, labelled, years.
         genders: (N,) int64, labelled.
+        mean: see `Calibration`.
     """
-    age, spread = _age_and_spread(logits.age)
+    age, spread = _age_and_spread(logits.age, mean)
     scores = (ages - age).abs() / spread
     radii = [0.0] * AGE_BINS
     for low, high in AGE_BANDS:
         own = scores[(ages >= low) & (ages <= high)]
         radius = _conformal_quantile(own if len(own) >= _LEAST_FACES else scores)
         radii[low : high + 1] = [radius] * (high + 1 - low)
-    return Calibration(tuple(radii), _temperature(logits.gender, genders))
+    return Calibration(tuple(radii), _temperature(logits.gender, genders), mean)
 
 
-def _age_and_spread(age_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, 117) logits -> median and standard deviation in years, the latter at least half a year or so."""
+def predicted_age(age_logits: Tensor, mean: bool) -> Tensor:
+    """(N, 117) logits -> (N,) what the artifact predicts, years; for `mean` see `Calibration`."""
+    return _age_and_spread(age_logits, mean)[0]
+
+
+def _age_and_spread(age_logits: Tensor, mean: bool) -> tuple[Tensor, Tensor]:
+    """(N, 117) logits -> age and standard deviation in years, the latter at least half a year or so."""
     probs = age_logits.softmax(dim=1)
     years = torch.arange(age_logits.shape[1], device=age_logits.device).to(age_logits.dtype)
-    mean = probs @ years
-    variance = (probs * (years[None, :] - mean[:, None]) ** 2).sum(dim=1)
-    return _median(probs), torch.sqrt(variance + 0.25)
+    expected = probs @ years
+    variance = (probs * (years[None, :] - expected[:, None]) ** 2).sum(dim=1)
+    return expected if mean else _median(probs), torch.sqrt(variance + 0.25)
 
 
 def _median(probs: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Artifact(nn.Module):
         self.network = network
         self.register_buffer("radii", torch.tensor(calibration.radii))
         self.gender_temperature = calibration.gender_temperature
+        self.mean = calibration.mean
 
     def forward(self, chips: Tensor) -> Output:
         """Predicts.
@@ -45,7 +46,7 @@ class Artifact(nn.Module):
             age, age_low, age_high: (N,) float32, years, within 0 to 116; gender_logits: (N, 2) float32, calibrated.
         """
         age_logits, gender_logits = self.network(chips)
-        age, age_low, age_high = age_interval(age_logits, self.radii)
+        age, age_low, age_high = age_interval(age_logits, self.radii, self.mean)
         return Output(age, age_low, age_high, gender_logits / self.gender_temperature)
 
 

@@ -24,9 +24,10 @@ from tqdm import tqdm
 from agegender.image import Pixels
 from training.augment import augment
 from training.cache import ChipCache
+from training.calibrate import predicted_age
 from training.data import Sample
 from training.dataset import Faces
-from training.loss import Targets, criterion, expected_age
+from training.loss import Targets, criterion
 from training.network import Logits, Network
 from training.options import TrainOptions
 
@@ -122,7 +123,7 @@ def train(network: Network, faces: Faces, targets: Targets, options: TrainOption
         row = None
         if val_chips is not None:
             lr = float(state.scheduler.get_last_lr()[0])
-            mae, accuracy = _validate(state.ema.module, faces.samples["val"], val_chips, device)
+            mae, accuracy = _validate(state.ema.module, faces.samples["val"], val_chips, options.mean, device)
             row = EpochResult(epoch, size_px, lr, loss, mae, accuracy)
         curve.append(_shared(row, device))
         _check_finite(curve[-1])
@@ -297,13 +298,13 @@ def _step(state: _State, loss: Tensor) -> None:
 
 
 def _validate(
-    network: nn.Module, samples: Sequence[Sample], chips: npt.NDArray[np.uint8], device: torch.device
+    network: nn.Module, samples: Sequence[Sample], chips: npt.NDArray[np.uint8], mean: bool, device: torch.device
 ) -> tuple[float, float]:
-    """Age MAE in years and gender accuracy."""
+    """Age MAE in years, of what the artifact would predict, and gender accuracy."""
     logits = predict_logits(network, chips, device)
     ages = torch.tensor([float(sample.labels.age_years) for sample in samples])
     genders = torch.tensor([sample.labels.gender for sample in samples])
-    mae = (expected_age(logits.age) - ages).abs().mean().item()
+    mae = (predicted_age(logits.age, mean) - ages).abs().mean().item()
     return mae, (logits.gender.argmax(dim=1) == genders).float().mean().item()
 
 

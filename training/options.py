@@ -61,7 +61,8 @@ class TrainOptions:
     """Decay per step of the averaged weights, which are the ones evaluated and exported."""
 
     age_loss: AgeLoss = "distribution"
-    """Label distribution learning, or plain L1 or squared error of the expected age."""
+    """Label distribution learning, whose artifact predicts the median of the distribution; or plain L1 or squared error
+    of its mean, which is then predicted."""
     gender_loss_weight: float = 0.7
     """Weight of the gender cross-entropy beside the age loss."""
 
@@ -130,6 +131,11 @@ class TrainOptions:
             raise ValueError(f"teacher_weight must lie between 0 and 1, not {self.teacher_weight}")
         if min(self.val_frac, self.test_frac) <= 0 or self.val_frac + self.test_frac >= 1:
             raise ValueError("val_frac and test_frac must be above 0 and leave something to train on")
+
+    @property
+    def mean(self) -> bool:
+        """Whether the mean of the distribution over the years is predicted: other age losses teach nothing else."""
+        return self.age_loss != "distribution"
 
     def train_size(self, epoch: int) -> int:
         """Side in pixels of the chips trained on in an epoch (progressive resizing: EfficientNetV2, Tan & Le 2021)."""

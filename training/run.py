@@ -210,7 +210,7 @@ def _finish(network: Network, faces: Faces, options: TrainOptions) -> Path:
     deployed = Deployed(network, _sample(faces, options), precision=options.precision, mirror=options.mirror)
     logits = predict_logits(deployed, faces.chips.read(val), torch.device("cpu"))
     ages = torch.tensor([float(sample.labels.age_years) for sample in val])
-    calibration = calibrate(logits, ages, torch.tensor([sample.labels.gender for sample in val]))
+    calibration = calibrate(logits, ages, torch.tensor([sample.labels.gender for sample in val]), mean=options.mean)
     path, spec = options.out_dir / ARTIFACT, _spec(options)
     export(deployed, calibration, spec, path)
     predictions = predict_chips(Model(path, device="cpu"), test, faces.chips)
