@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,6 +25,8 @@ from training.calibrate import age_interval, calibrate
 from training.data import Labels, near_duplicate_groups, parse_name, perceptual_hash, scan, split_samples
 from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
 from training.deploy import Deployed
+from training.evaluate import EvaluateOptions
+from training.evaluate import run as evaluation
 from training.export import Artifact
 from training.face_resnet import FaceResNet, load_packaged_weights
 from training.loop import BEST, _validate, read_curve, train
@@ -635,6 +638,7 @@ def test_a_backbone_that_cannot_be_quantized_is_refused_before_training() -> Non
         (["--data-dir", "missing"], "not a directory"),
         (["--data_dir", ".", "--batch_size", "0"], "batch_size must be above 0"),
         (["--data-dir", ".", "--max-per-gender", "5"], "goes with balanced_by_gender"),
+        (["--data-dir", ".", "--device", "gpu"], "unknown device 'gpu'"),
     ],
 )
 def test_wrong_calls_end_in_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -643,6 +647,47 @@ def test_wrong_calls_end_in_one_line(arguments: list[str], message: str, tmp_pat
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"threads": -1}, "threads must be above 0, not -1"),
+        ({"max_samples": 0}, "max_samples must be above 0, not 0"),
+        ({"teacher": (Path(),), "age_loss": "mse"}, "teacher goes with the age_loss distribution"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(changes: dict[str, Any], message: str, options: TrainOptions) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(options, **changes)
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b".", b"PK\x03\x04"])
+def test_other_files_than_weights_are_a_clear_error(content: bytes, options: TrainOptions, tmp_path: Path) -> None:
+    (tmp_path / BEST).write_bytes(content)
+    (tmp_path / "options.json").write_text("{}")
+    for source in ({"checkpoint": (tmp_path / BEST,)}, {"teacher": (tmp_path,)}):
+        with pytest.raises(ValueError, match=r"best\.pt holds no weights of a training"):
+            run(replace(options, **source))  # type: ignore[arg-type]
+
+
+def test_a_run_begun_on_a_gpu_goes_on_without(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    faces = load_faces(options)
+    targets = label_targets(*_labels(faces.samples["train"]))
+    options.out_dir.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr("training.loop._out_of_patience", lambda curve, _: len(curve) == 1)
+        patch.setattr("torch.serialization.location_tag", lambda _: "cuda:0")
+        train(_network(), faces, targets, options, torch.device("cpu"))
+    train(_network(), faces, targets, options, torch.device("cpu"))
+    assert len(read_curve(options.out_dir)) == 2
+
+
+def test_evaluation_without_a_face_is_a_clear_error(tmp_path: Path, model_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "40_0_0_20170109142408079.jpg"), np.full((160, 160, 3), 127, np.uint8))
+    nothing = EvaluateOptions(tmp_path, model_path, tmp_path / "evaluation", tmp_path / "cache", device="cpu")
+    with pytest.raises(ValueError, match=r"no picture in .* can be measured on: .*no face found"):
+        evaluation(nothing)
 
 
 def test_evaluation_leaves_out_what_the_model_has_seen(options: TrainOptions, tmp_path: Path) -> None:
@@ -655,6 +700,7 @@ def test_evaluation_leaves_out_what_the_model_has_seen(options: TrainOptions, tm
     assert done.returncode == 0, done.stderr
     assert "trained or calibrated on are left out" in done.stdout
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert "Learning curves" in (tmp_path / "evaluation" / "report.html").read_text()
     tested = sum(side == "test" for side in read_splits(splits_path(path)).sides.values())
     assert metrics["groups"]["all"]["pictures"] == tested
     assert list(metrics["robustness"]["blur, sigma in px"]) == ["1", "2", "4", "6"]

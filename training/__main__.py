@@ -4,6 +4,7 @@ import sys
 
 import tyro
 
+from agegender import AgeGenderError
 from training.options import TrainOptions
 from training.run import run
 
@@ -16,7 +17,7 @@ def main() -> int:
         if not options.resume:
             command += " without --no-resume"
         run(options)
-    except (ValueError, OSError) as error:
+    except (AgeGenderError, ValueError, OSError) as error:
         print(f"training: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import torch
 
 from training.cache import load_chips
 from training.data import Rejected, Sample
-from training.loop import BEST, predict_logits, save_whole
+from training.loop import BEST, load_weights, predict_logits, save_whole
 from training.loss import Probs
 from training.network import create_network
 from training.options import TrainOptions
@@ -29,7 +29,7 @@ def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, dev
     """
     try:
         options = json.loads((run_dir / "options.json").read_text())
-        weights = torch.load(run_dir / BEST, weights_only=True, map_location=device)
+        weights = load_weights(run_dir / BEST)
     except FileNotFoundError as error:
         raise ValueError(f"the teacher {run_dir} is not the folder of a finished run: no {error.filename}") from error
     if is_rounded(weights):
@@ -55,7 +55,7 @@ def taught(runs: Sequence[Path], samples: Sequence[Sample], options: TrainOption
     path = options.out_dir / TAUGHT
     key = [sample.digest for sample in samples] + [str(run) for run in runs]
     if options.resume and path.exists():
-        kept = torch.load(path, weights_only=True)
+        kept = load_weights(path)
         if kept["key"] == key:
             return Probs(kept["age"], kept["gender"])
     probs = average([teacher_probs(run, samples, options.cache_dir, device) for run in runs])

@@ -15,7 +15,7 @@ from agegender.model import DEFAULT_MODEL, Predictions
 from training.cache import ChipCache, load_chips
 from training.data import Sample, scan
 from training.dataset import read_splits, splits_path
-from training.loop import EpochResult
+from training.loop import EpochResult, read_curve
 from training.metrics import Scored, measure_groups
 from training.report import Evaluation, write_report
 from training.robustness import robustness
@@ -49,7 +49,7 @@ def run(options: EvaluateOptions) -> Path:
     """Evaluates, and returns the path of the report.
 
     Raises:
-        ValueError: no usable picture, or none that the model has not seen.
+        ValueError: no usable picture, none with a face, or none that the model has not seen.
         ModelLoadError: the artifact cannot be used.
     """
     model = Model(options.model, device=options.device)
@@ -57,9 +57,17 @@ def run(options: EvaluateOptions) -> Path:
     samples, warning = _unseen(samples, model, options.pictures)
     geometry = (model.spec.chip_size_px, model.spec.chip_margin)
     samples, chips = load_chips(samples, *geometry, options.cache_dir, rejected)
+    if not samples:
+        raise ValueError(f"no picture in {options.data_dir} can be measured on: {rejected.counts()}")
     print(f"pictures: {len(samples)}; left out: {rejected.counts() or 'none'}")
     return evaluate(
-        model, samples, chips, options.out_dir, robustness_pictures=options.robustness_pictures, warning=warning
+        model,
+        samples,
+        chips,
+        options.out_dir,
+        robustness_pictures=options.robustness_pictures,
+        curve=read_curve(options.model.parent),
+        warning=warning,
     )
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "CURVE",
     "LAST",
     "EpochResult",
+    "load_weights",
     "make_deterministic",
     "predict_logits",
     "read_curve",
@@ -192,7 +193,7 @@ def _warmed_up_average(decay: float) -> Callable[..., None]:
 
 def _resume(state: _State, options: TrainOptions) -> list[EpochResult]:
     try:
-        checkpoint = torch.load(options.out_dir / LAST, weights_only=True)
+        checkpoint = load_weights(options.out_dir / LAST)
     except FileNotFoundError:
         return []
     state.load_state_dict(checkpoint["state"])
@@ -343,3 +344,19 @@ def save_whole(value: object, path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     torch.save(value, temporary)
     os.replace(temporary, path)
+
+
+def load_weights(path: Path) -> dict[str, Any]:
+    """What `save_whole` wrote, on the CPU wherever it was when it was saved.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else, or is damaged.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except OSError:
+        raise
+    except Exception as error:  # whatever the bytes of another file make a pickle do
+        raise ValueError(f"{path} holds no weights of a training ({type(error).__name__})") from error
+    return state

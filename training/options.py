@@ -56,7 +56,7 @@ class TrainOptions:
     dropout: float = 0.2
     """Dropout before the heads."""
     drop_path: float = 0.1
-    """Stochastic depth in the backbone."""
+    """Stochastic depth in the backbone; none with --quantization-aware, which takes the backbone as it is in use."""
     ema_decay: float = 0.998
     """Decay per step of the averaged weights, which are the ones evaluated and exported."""
 
@@ -114,9 +114,10 @@ class TrainOptions:
         backbones = parse_backbones(self.backbone)
         if self.checkpoint and len(self.checkpoint) not in (1, len(backbones)):
             raise ValueError(f"checkpoint takes one file, or one for each of {self.backbone.replace('+', ', ')}")
-        for name in ("batch_size", "lr", "size", "workers"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
+        for name in ("batch_size", "lr", "size", "workers", "threads", "max_samples"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be above 0, not {value}")
         if self.size % 16:
             raise ValueError(f"size must be a multiple of 16, not {self.size}")
         if any(name == "face_resnet" and (size or self.size) < 96 for name, size in backbones):
@@ -127,6 +128,8 @@ class TrainOptions:
             raise ValueError("max_per_gender goes with balanced_by_gender")
         if self.quantization_aware and self.precision != "int8":
             raise ValueError("quantization_aware goes with the precision int8")
+        if self.teacher and self.mean:
+            raise ValueError("teacher goes with the age_loss distribution: the others learn no age from it")
         if not 0 <= self.teacher_weight <= 1:
             raise ValueError(f"teacher_weight must lie between 0 and 1, not {self.teacher_weight}")
         if min(self.val_frac, self.test_frac) <= 0 or self.val_frac + self.test_frac >= 1:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from agegender import Model, ModelSpec
 from agegender.memory import keep_freed_memory
-from agegender.model import FORMAT_VERSION
+from agegender.model import FORMAT_VERSION, _device
 from training.backbones import FOLDED
 from training.branch import join, parse_backbones
 from training.calibrate import COVERAGE, calibrate
@@ -26,7 +26,17 @@ from training.deploy import Deployed
 from training.distill import TAUGHT, taught
 from training.evaluate import evaluate, predict_chips
 from training.export import export
-from training.loop import BEST, CURVE, LAST, make_deterministic, predict_logits, read_curve, save_whole, train
+from training.loop import (
+    BEST,
+    CURVE,
+    LAST,
+    load_weights,
+    make_deterministic,
+    predict_logits,
+    read_curve,
+    save_whole,
+    train,
+)
 from training.loss import Targets, label_targets
 from training.metrics import Scored, measure
 from training.network import Network, create_network
@@ -55,6 +65,7 @@ def run(options: TrainOptions) -> Path:
 
     Raises:
         ValueError: options or data that cannot be trained with.
+        ModelLoadError: there is no such device.
     """
     # Ray's workers run in directories of their own.
     options = dataclasses.replace(options, out_dir=options.out_dir.absolute(), cache_dir=options.cache_dir.absolute())
@@ -80,7 +91,7 @@ def run(options: TrainOptions) -> Path:
         train_on_workers(network, faces, _targets(faces, options, device), options)
     else:
         train(network, faces, _targets(faces, options, device), options, device)
-    network.load_state_dict(torch.load(options.out_dir / BEST, weights_only=True, map_location="cpu"))
+    network.load_state_dict(load_weights(options.out_dir / BEST))
     return _finish(network, faces, options)
 
 
@@ -121,10 +132,7 @@ def _begin(options: TrainOptions, faces: Faces) -> None:
 
 
 def _prepare(options: TrainOptions) -> torch.device:
-    name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name if options.device == "auto" else options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device} was asked for, but torch finds no CUDA device")
+    device = _device(options.device)
     keep_freed_memory()
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
     make_deterministic(options.seed)
@@ -172,9 +180,9 @@ def _checkpoint_state(options: TrainOptions) -> dict[str, Any] | None:
     if not options.checkpoint:
         return None
     try:
-        states = [torch.load(path, weights_only=True, map_location="cpu") for path in options.checkpoint]
+        states = [load_weights(path) for path in options.checkpoint]
         return join(states) if len(states) > 1 else states[0]
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, KeyError) as error:
         raise ValueError(f"{_names(options.checkpoint)}: no weights of a training ({error})") from error
 
 
