@@ -6,7 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,9 @@ from agegender import Model, Predictor
 from training.__main__ import main
 from training.augment import augment
 from training.branch import Branch, join
+from training.cache import load_chips
 from training.calibrate import age_interval, calibrate
-from training.data import Labels, near_duplicate_groups, parse_name, perceptual_hash, scan, split_samples
+from training.data import Labels, Rejected, near_duplicate_groups, parse_name, perceptual_hash, scan, split_samples
 from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
 from training.deploy import Deployed
 from training.evaluate import EvaluateOptions
@@ -31,6 +35,7 @@ from training.export import Artifact
 from training.face_resnet import FaceResNet, load_packaged_weights
 from training.loop import BEST, _validate, read_curve, train
 from training.loss import Targets, criterion, expected_age, label_targets
+from training.metrics import Scored, measure
 from training.network import AGE_BINS, Logits, Network, create_network
 from training.normalization import normalized_convolutions, standardize
 from training.options import AgeLoss, TrainOptions
@@ -161,6 +166,25 @@ def test_chips_are_cut_once(options: TrainOptions, monkeypatch: pytest.MonkeyPat
     assert again.train_chips.open().shape[1:] == (120, 120, 3)
 
 
+def test_two_runs_extend_one_cache(options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each chip is filled with the age of its picture, so that a mixed-up row shows."""
+
+    def cut(path: Path, *, size_px: int, margin: float) -> np.ndarray:
+        time.sleep(0.002)
+        return np.full((size_px, size_px, 3), parse_name(path.name).age_years, np.uint8)
+
+    monkeypatch.setattr("training.cache._cut", cut)
+    samples, _ = scan(options.data_dir)
+    loads = [partial(load_chips, samples[start::2], 8, 0.0, tmp_path, Rejected()) for start in (0, 1)]
+    with ThreadPoolExecutor() as pool:
+        caches = [cache for _, cache in pool.map(lambda load: load(), loads)]
+    for start, cache in enumerate(caches):
+        ages = [sample.labels.age_years for sample in samples[start::2]]
+        assert cache.read(samples[start::2])[:, 0, 0, 0].tolist() == ages
+    monkeypatch.setattr("training.cache._cut_all", lambda *_: pytest.fail("cut again"))
+    load_chips(samples, 8, 0.0, tmp_path, Rejected())
+
+
 def test_balancing_takes_equally_many_of_both_genders(options: TrainOptions) -> None:
     train_samples = load_faces(replace(options, balanced_by_gender=True, max_per_gender=9)).samples["train"]
     assert sorted(sample.labels.gender for sample in train_samples) == [0] * 9 + [1] * 9
@@ -283,6 +307,14 @@ def test_validation_and_artifact_predict_what_was_trained(
     assert answer.age.tolist() == pytest.approx([age] * len(samples), abs=0.5)
     mae, _ = _validate(Certain(), samples, chips, mean, torch.device("cpu"))
     assert mae == pytest.approx(float((ages - answer.age).abs().mean()))
+
+
+@pytest.mark.parametrize(("probs", "auc"), [([0.5] * 4, 0.5), ([0.1, 0.9, 0.1, 0.9], 1), ([0.1, 0.9, 0.9, 0.9], 0.75)])
+@pytest.mark.parametrize("order", [1, -1])
+def test_equal_scores_count_half_in_the_auc(probs: list[float], auc: float, order: int) -> None:
+    years, females = np.full(4, 30.0), np.array([0, 1, 0, 1])
+    scored = Scored(years, females[::order], females, years, years, years, np.array(probs)[::order])
+    assert measure(scored)["gender_auc"].value == auc
 
 
 def test_a_run_ends_in_an_artifact_that_predicts(options: TrainOptions, labelled_dir: Path) -> None:

@@ -4,11 +4,13 @@ A chip is kept under the SHA-256 of its picture's bytes, in a folder named after
 the chip's geometry, the source of the core's modules, the detector's weights and the versions of Pillow and OpenCV.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -70,15 +72,24 @@ def load_chips(
     """Cuts the chips that are missing, and returns the samples that have one; the others are added to `rejected`."""
     folder = cache_dir / f"chips-{size_px}-{cutting_version(size_px, margin)}"
     folder.mkdir(parents=True, exist_ok=True)
-    known = _read_index(folder)
-    missing = [sample for sample in samples if sample.digest not in known]
-    if missing:
-        known = _extend(folder, known, missing, partial(_cut, size_px=size_px, margin=margin), size_px)
+    with _locked(folder):
+        known = _read_index(folder)
+        missing = [sample for sample in samples if sample.digest not in known]
+        if missing:
+            known = _extend(folder, known, missing, partial(_cut, size_px=size_px, margin=margin), size_px)
     rows = {digest: row for digest, row in known.items() if isinstance(row, int)}
     for sample in samples:
         if sample.digest not in rows:
             rejected.reasons[sample.path] = str(known[sample.digest])
     return [sample for sample in samples if sample.digest in rows], ChipCache(folder / "chips.npy", rows)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lets one run at a time read and extend a folder; the kernel unlocks it when a run is killed."""
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _read_index(folder: Path) -> dict[str, int | str]:
@@ -93,7 +104,10 @@ def _read_index(folder: Path) -> dict[str, int | str]:
 def _extend(
     folder: Path, known: dict[str, int | str], missing: Sequence[Sample], cut: "partial[_Chip | str]", size_px: int
 ) -> dict[str, int | str]:
-    """Writes a larger array and index beside the old ones, then puts them in place: array first, index last."""
+    """Writes a larger array and index beside the old ones, then puts them in place: array first, index last.
+
+    Old chips keep their rows, so that a run that knows only those goes on reading them rightly.
+    """
     old = sum(isinstance(row, int) for row in known.values())
     chips = np.lib.format.open_memmap(
         folder / "chips.tmp.npy", mode="w+", dtype=np.uint8, shape=(old + len(missing), size_px, size_px, 3)
