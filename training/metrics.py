@@ -19,6 +19,7 @@ RACES: Final = ("White", "Black", "Asian", "Indian", "Others")  # UTKFace's race
 _RESAMPLES: Final = 1000
 _ECE_BINS: Final = 10
 _WITHIN_YEARS: Final = 5
+_LEAST_PICTURES: Final = 20  # of a group, below which its figures say nothing
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,10 @@ def _median_error(scored: Scored, weights: Floats) -> Floats:
 
 def _auc(scored: Scored, weights: Floats) -> Floats:
     """Area under the ROC curve as the Mann-Whitney statistic; nan where one gender is missing."""
-    order = scored.female_prob.argsort(kind="stable")
+    order = scored.female_prob.argsort()
+    _, starts = np.unique(scored.female_prob[order], return_index=True)  # equal scores count half against each other
     female = (scored.gender_true == 1)[order]
-    positive, negative = weights[:, order] * female, weights[:, order] * ~female
+    positive, negative = (np.add.reduceat(weights[:, order] * own, starts, axis=1) for own in (female, ~female))
     below = np.cumsum(negative, axis=1) - negative / 2
     with np.errstate(invalid="ignore", divide="ignore"):
         return (positive * below).sum(axis=1) / (positive.sum(axis=1) * negative.sum(axis=1))
@@ -133,7 +135,7 @@ METRICS: Final[Mapping[str, Metric]] = {
 }
 
 
-def measure(scored: Scored, *, seed: int = 0, resamples: int = _RESAMPLES) -> dict[str, Figure]:
+def measure(scored: Scored) -> dict[str, Figure]:
     """Every metric that is defined for these pictures.
 
     Raises:
@@ -142,7 +144,7 @@ def measure(scored: Scored, *, seed: int = 0, resamples: int = _RESAMPLES) -> di
     if len(scored) == 0:
         raise ValueError("there are no pictures to measure")
     count = len(scored)
-    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples).astype(float)
+    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), _RESAMPLES).astype(float)
     figures = {}
     for name, metric in METRICS.items():
         value = float(metric(scored, np.ones((1, count)))[0])
@@ -171,7 +173,7 @@ def groups(scored: Scored) -> dict[str, npt.NDArray[np.bool_]]:
     return {**wide, **bands, **genders, **races, **crossings}
 
 
-def measure_groups(scored: Scored, *, least: int = 20) -> dict[str, tuple[int, dict[str, Figure]]]:
-    """Size and metrics of each group with at least `least` pictures."""
-    masks = {name: mask for name, mask in groups(scored).items() if mask.sum() >= least or name == "all"}
+def measure_groups(scored: Scored) -> dict[str, tuple[int, dict[str, Figure]]]:
+    """Size and metrics of each group that is not too small for them."""
+    masks = {name: mask for name, mask in groups(scored).items() if mask.sum() >= _LEAST_PICTURES or name == "all"}
     return {name: (int(mask.sum()), measure(scored.where(mask))) for name, mask in masks.items()}
