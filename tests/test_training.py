@@ -3,7 +3,9 @@
 import csv
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +33,7 @@ from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_pa
 from training.deploy import Deployed
 from training.evaluate import EvaluateOptions
 from training.evaluate import run as evaluation
-from training.export import Artifact
+from training.export import Artifact, check_exportable
 from training.face_resnet import FaceResNet, load_packaged_weights
 from training.loop import BEST, _validate, read_curve, train
 from training.loss import Targets, criterion, expected_age, label_targets
@@ -40,7 +42,7 @@ from training.network import AGE_BINS, Logits, Network, create_network
 from training.normalization import normalized_convolutions, standardize
 from training.options import AgeLoss, TrainOptions
 from training.plain import make_plain
-from training.quantize import check_quantizable, convert, is_rounded, round_to_eight_bits
+from training.quantize import convert, is_rounded, round_to_eight_bits
 from training.run import run
 
 FACES = 60
@@ -356,6 +358,24 @@ def test_a_killed_run_resumes_to_the_same_result(options: TrainOptions, tmp_path
     assert all(torch.equal(unbroken[name], resumed[name]) for name in unbroken)
 
 
+@pytest.mark.slow
+def test_a_run_killed_at_any_moment_ends_in_the_same_weights(options: TrainOptions, tmp_path: Path) -> None:
+    call = [sys.executable, "-m", "training", "--data-dir", str(options.data_dir), "--size", "96", "--epochs", "3"]
+    call += ["--batch-size", "16", "--val-frac", "0.2", "--test-frac", "0.2", "--num-workers", "1", "--threads", "1"]
+    call += ["--cache-dir", str(options.cache_dir), "--out-dir"]
+    after_s = random.uniform(0, 2)
+    with subprocess.Popen([*call, str(tmp_path / "killed")], start_new_session=True) as killed:
+        while not (tmp_path / "killed" / "last.pt").exists():
+            assert killed.poll() is None
+            time.sleep(0.01)
+        time.sleep(after_s)
+        os.killpg(killed.pid, signal.SIGKILL)
+    for name in ("killed", "unbroken"):
+        subprocess.run([*call, str(tmp_path / name)], timeout=300, check=True)
+    killed_weights, weights = ((tmp_path / name / BEST).read_bytes() for name in ("killed", "unbroken"))
+    assert killed_weights == weights, f"killed {after_s:.2f} s after the first checkpoint"
+
+
 def test_all_workers_lose_patience_together(options: TrainOptions) -> None:
     faces = load_faces(options)
     targets = label_targets(*_labels(faces.samples["train"]))
@@ -653,15 +673,23 @@ def test_a_relu6_behind_a_sum_stays_one() -> None:
     assert torch.allclose(rounded, exact, atol=0.5)
 
 
-def test_a_backbone_that_cannot_be_quantized_is_refused_before_training() -> None:
+def test_a_backbone_that_cannot_be_quantized_is_refused_before_training(options: TrainOptions) -> None:
     class Brancher(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x if x.sum() > 0 else -x
+            features = x.mean((2, 3)).repeat(1, 171)[:, :512]
+            return features if x.sum() > 0 else -features
 
     network = create_network("resnet18", pretrained=False, dropout=0.0, drop_path=0.0)
     network.branches[0].backbone = Brancher()
     with pytest.raises(ValueError, match="--precision float32"):
-        check_quantizable(network)
+        check_exportable(network, options)
+    check_exportable(network, replace(options, precision="float32"))
+
+
+def test_a_backbone_of_another_size_is_refused_before_training(options: TrainOptions) -> None:
+    vit = replace(options, backbone="vit_tiny_patch16_224", pretrained=False, precision="float32")
+    with pytest.raises(ValueError, match=r"chips of 72 to 96 pixels .*\(AssertionError: .*; try --backbone"):
+        run(vit)
 
 
 @pytest.mark.parametrize(

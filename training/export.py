@@ -1,5 +1,6 @@
 """Trained network + calibration -> the TorchScript artifact."""
 
+import copy
 import os
 import warnings
 from pathlib import Path
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from agegender.model import SPEC_FILE, ModelSpec
 from training.calibrate import Calibration, age_interval
 from training.deploy import Deployed
+from training.network import AGE_BINS, Network
+from training.options import TrainOptions
 
-__all__ = ["Artifact", "export"]
+__all__ = ["Artifact", "check_exportable", "export"]
 
 
 class Output(NamedTuple):
@@ -50,12 +53,44 @@ class Artifact(nn.Module):
         return Output(age, age_low, age_high, gender_logits / self.gender_temperature)
 
 
-def export(network: Deployed, calibration: Calibration, spec: ModelSpec, path: Path) -> None:
-    """Writes the artifact beside `path` and renames it into place."""
-    artifact = Artifact(network, calibration).eval()
-    temporary = path.with_suffix(".tmp")
+@torch.no_grad()
+def check_exportable(network: Network, options: TrainOptions) -> None:
+    """Finds out before a training whether its network takes the chips of all epochs and can be exported.
+
+    Args:
+        network: as it will be trained; stays as it is.
+        options: of the run.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    sizes = options.train_size(0), options.size
+    try:
+        trained = copy.deepcopy(network).eval()
+        chips = [torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8) for size in sizes]
+        for batch in chips:
+            trained(batch)
+        deployed = Deployed(network, chips[-1], precision=options.precision, mirror=options.mirror)
+        _script(Artifact(deployed, Calibration((1.0,) * AGE_BINS, 1.0, options.mean)))
+    except Exception as error:  # whatever the backbone's code raises at other sizes, or when it is traced or compiled
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        precision = ", --precision float32" if options.precision == "int8" else ""
+        raise ValueError(
+            f"{options.backbone} cannot be trained on chips of {sizes[0]} to {sizes[1]} pixels and exported in "
+            f"{options.precision} ({reason}); try --backbone face_resnet{precision} or another --size with "
+            "--no-progressive"
+        ) from error
+
+
+def _script(artifact: Artifact) -> torch.jit.ScriptModule:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and still runs it
-        scripted = torch.jit.script(artifact)
-        torch.jit.save(scripted, str(temporary), _extra_files={SPEC_FILE: spec.to_json()})
+        return torch.jit.script(artifact.eval())
+
+
+def export(network: Deployed, calibration: Calibration, spec: ModelSpec, path: Path) -> None:
+    """Writes the artifact beside `path` and renames it into place."""
+    temporary = path.with_suffix(".tmp")
+    scripted = _script(Artifact(network, calibration))
+    torch.jit.save(scripted, str(temporary), _extra_files={SPEC_FILE: spec.to_json()})
     os.replace(temporary, path)

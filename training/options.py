@@ -142,7 +142,7 @@ class TrainOptions:
 
     def train_size(self, epoch: int) -> int:
         """Side in pixels of the chips trained on in an epoch (progressive resizing: EfficientNetV2, Tan & Le 2021)."""
-        if not self.progressive:
+        if not self.progressive or self.epochs == 0:
             return self.size
         share = epoch / self.epochs
         return self.size * (6 if share < 1 / 3 else 7 if share < 0.75 else 8) // 8

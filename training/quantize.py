@@ -26,26 +26,10 @@ from training.branch import Branch
 from training.network import Network
 from training.plain import make_plain
 
-__all__ = ["check_quantizable", "convert", "is_rounded", "round_to_eight_bits"]
+__all__ = ["convert", "is_rounded", "round_to_eight_bits"]
 
 _BATCH: Final = 64
 _ACTIVATION: Final = {"observer": HistogramObserver, "quant_min": 0, "quant_max": 255, "reduce_range": False}
-
-
-def check_quantizable(network: Network) -> None:
-    """Finds out before a training whether its network can be exported in 8 bits.
-
-    Raises:
-        ValueError: torch cannot trace the backbone, which it must to quantize it.
-    """
-    try:
-        for branch in _branches(copy.deepcopy(network)):
-            make_plain(branch.backbone)
-            fx.symbolic_trace(branch.backbone)
-    except Exception as error:  # whatever the backbone's code raises when it is given symbols
-        raise ValueError(
-            "this backbone cannot be quantized to 8 bits; add --precision float32, or take face_resnet"
-        ) from error
 
 
 def is_rounded(state: Mapping[str, Any]) -> bool:

@@ -25,7 +25,7 @@ from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_pa
 from training.deploy import Deployed
 from training.distill import TAUGHT, taught
 from training.evaluate import evaluate, predict_chips
-from training.export import export
+from training.export import check_exportable, export
 from training.loop import (
     BEST,
     CURVE,
@@ -42,7 +42,7 @@ from training.metrics import Scored, measure
 from training.network import Network, create_network
 from training.normalization import standardize
 from training.options import TrainOptions
-from training.quantize import check_quantizable, is_rounded, round_to_eight_bits
+from training.quantize import is_rounded, round_to_eight_bits
 
 __all__ = ["run"]
 
@@ -69,13 +69,12 @@ def run(options: TrainOptions) -> Path:
     """
     # Ray's workers run in directories of their own.
     options = dataclasses.replace(options, out_dir=options.out_dir.absolute(), cache_dir=options.cache_dir.absolute())
-    begun = options.resume and (options.out_dir / LAST).exists()
-    if begun:
+    if _has_begun(options):
         _check_options(options)
     device = _prepare(options)
     faces = load_faces(options)
     print(_summary(faces), flush=True)
-    if begun:
+    if _has_begun(options):
         _check_splits(faces, options.out_dir)
     network = _initial_network(options, faces)
     _begin(options, faces)
@@ -93,6 +92,10 @@ def run(options: TrainOptions) -> Path:
         train(network, faces, _targets(faces, options, device), options, device)
     network.load_state_dict(load_weights(options.out_dir / BEST))
     return _finish(network, faces, options)
+
+
+def _has_begun(options: TrainOptions) -> bool:
+    return options.resume and (options.out_dir / LAST).exists()
 
 
 def _check_options(options: TrainOptions) -> None:
@@ -159,8 +162,8 @@ def _initial_network(options: TrainOptions, faces: Faces) -> Network:
         drop_path=options.drop_path,
         weights=options.weights,
     )
-    if options.precision == "int8":
-        check_quantizable(network)
+    if not _has_begun(options):
+        check_exportable(network, options)
     state = _checkpoint_state(options)
     rounded = state is not None and is_rounded(state)
     if rounded and options.precision != "int8":
