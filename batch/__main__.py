@@ -51,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(_report if reporting else _score, options)
     except KeyboardInterrupt:
-        print("\nbatch: interrupted; the same command goes on from here", file=sys.stderr)
+        from batch.request import same_command
+
+        advice = "" if reporting else f"; {same_command(options.mode)} goes on from here"
+        print(f"\nbatch: interrupted{advice}", file=sys.stderr)
         return _INTERRUPTED
 
 
@@ -82,7 +85,9 @@ def _report(options: argparse.Namespace) -> None:
     from batch.output import Output
     from batch.report import write_report
 
-    print(f"wrote {write_report(Output(normalize(options.out)))}")
+    output = Output(normalize(options.out))
+    print(f"wrote {write_report(output)}")
+    output.drop_empty_run()
 
 
 def _complain(error: Exception, exit_code: int) -> int:
@@ -125,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--min-score", type=float, default=0.6, help="least detector score, 0 to 1 (default %(default)s)")
     what.add_argument("--max-faces", type=int, default=100, help="most faces an image (default %(default)s)")
     what.add_argument("--max-pixels", type=int, default=100_000_000, help="larger images are refused (100 million)")
-    what.add_argument("--max-bytes", type=int, default=512_000_000, help="larger files are not read (512 million)")
+    what.add_argument("--max-bytes", type=_count, default=512_000_000, help="larger files are not read (512 million)")
     how = parser.add_argument_group("how it runs")
     mode = how.add_mutually_exclusive_group()
     mode.add_argument(
@@ -143,10 +148,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--follow-links", action="store_true", help="enter links to directories, each directory once")
     how.add_argument("--dry-run", action="store_true", help="list and estimate, and write nothing")
-    how.add_argument("--workers", type=int, default=0, help="processes that work on images (default: one a core)")
+    how.add_argument("--workers", type=_count, default=0, help="processes that work on images (default: one a core)")
     how.add_argument(
         "--gpus",
-        type=int,
+        type=_count,
         default=0,
         metavar="N",
         help="N processes with a GPU each predict for the others (default: 0)",
@@ -166,6 +171,12 @@ def _report_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("out", metavar="OUT", help="directory of the output, local or a URI")
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return int(text)
 
 
 def _max_bad(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import ray
 
-from batch.errors import JobError
+from batch.errors import JobError, first_line
 from batch.request import Resources
 
 __all__ = ["quiet", "running_engine", "worker_count"]
@@ -60,7 +60,7 @@ def _start(resources: Resources, folder: str) -> None:
         except Exception as error:  # Ray raises bare ones here
             ray.shutdown()
             if resources.address or attempt + 1 == _STARTS:
-                raise JobError(f"Ray did not start: {_first_line(error)} Nothing is lost; try again.") from error
+                raise JobError(f"Ray did not start: {first_line(error)} Nothing is lost; try again.") from error
 
 
 @contextlib.contextmanager
@@ -121,7 +121,3 @@ def _private_cluster(resources: Resources, folder: str) -> dict[str, Any]:
         "object_store_memory": _OBJECT_STORE_BYTES,
         "_temp_dir": folder,
     }
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

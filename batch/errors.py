@@ -13,7 +13,21 @@ Every error is one sentence that says what was wrong and what to do.
 
 from typing import ClassVar
 
-__all__ = ["BatchError", "IncompleteError", "JobError", "OutputError", "RequestError", "SourceError", "TooManyBadError"]
+__all__ = [
+    "BatchError",
+    "IncompleteError",
+    "JobError",
+    "OutputError",
+    "RequestError",
+    "SourceError",
+    "TooManyBadError",
+    "first_line",
+]
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without its details."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class BatchError(Exception):

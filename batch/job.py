@@ -50,8 +50,22 @@ def score_manifest(
     Raises:
         JobError: the job cannot go on.
     """
+    try:
+        _run_pipeline(output, options, model, resources, on_progress)
+    except ray.exceptions.RayError as error:
+        raise JobError(_explain(error)) from error
+
+
+def _run_pipeline(
+    output: Output,
+    options: ScoreOptions,
+    model: bytes,
+    resources: Resources,
+    on_progress: Callable[[BlockReport], None],
+) -> None:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lives as long as we do
-    tally = _RemoteTally(ray.remote(num_cpus=0, scheduling_strategy=here)(Tally).remote())
+    lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
+    tally = _RemoteTally(lasting(Tally).remote())
     pipeline = _Pipeline(output, options, model, resources, tally)
     pipeline.start()
     while pipeline.is_alive():
@@ -64,12 +78,12 @@ def score_manifest(
 
 
 def _poll(tally: "_RemoteTally", on_progress: Callable[[BlockReport], None]) -> None:
-    with contextlib.suppress(ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
+    with contextlib.suppress(ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
         on_progress(tally.total())
 
 
 class _RemoteTally:
-    """A `Tally` in an actor of its own, for all to call."""
+    """A `Tally` in an actor of its own, for all to call. When it dies, another begins to count anew."""
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
@@ -146,8 +160,8 @@ def _explain(error: Exception) -> str:
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-            return "the disk is full; free some space and run the same command again to go on"
-    return f"the engine stopped: {_last_line(causes[-1])}; what is done stays done"
+            return "the disk is full; free some space"
+    return f"the engine stopped: {_last_line(causes[-1])}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -10,13 +10,14 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from batch.errors import SourceError
+from batch.errors import SourceError, first_line
 from batch.location import decode_path, encode_path, filesystem_of, is_remote, normalize
 
 __all__ = ["MANIFEST_SCHEMA", "Input", "Listing", "block_size", "blocks_of"]
@@ -70,16 +71,18 @@ class Listing:
         """
         for source in self.sources:
             try:
-                filesystem, path = filesystem_of(source)
-                there = filesystem.get_file_info(path).type is not fs.FileType.NotFound
+                there = _exists(source)
             except (OSError, ValueError) as error:
-                raise SourceError(f"{source} cannot be reached: {_first_line(error)}") from error
+                raise SourceError(f"{source} cannot be reached: {first_line(error)}") from error
             if not there and not _is_glob(source):
                 raise SourceError(f"{source} does not exist")
+            if source.endswith(".parquet") and (is_remote(source) or os.path.isfile(decode_path(source))):
+                next(_read_list(source), None)  # so that a list without paths is told of before anything is deleted
 
     def __iter__(self) -> Iterator[Input]:
+        may_repeat = len(self.sources) > 1 or bool(self.known) or any(map(_may_repeat, self.sources))
         for each in self._all():
-            if not self._may_repeat:
+            if not may_repeat:
                 yield each
                 continue
             key = digest(each.path)
@@ -89,21 +92,12 @@ class Listing:
             self.known.add(key)
             yield each
 
-    @property
-    def _may_repeat(self) -> bool:
-        return len(self.sources) > 1 or bool(self.known) or any(map(_is_list, self.sources)) or self._has_glob
-
-    @property
-    def _has_glob(self) -> bool:
-        return any(map(_is_glob, self.sources))
-
     def _all(self) -> Iterator[Input]:
         for source in self.sources:
             if is_remote(source):
                 yield from self._remote(source)
             elif _is_glob(source):
-                for match in glob.iglob(decode_path(source), recursive=True):
-                    yield from self._local(match)
+                yield from self._matches(source)
             else:
                 yield from self._local(decode_path(source))
 
@@ -114,6 +108,25 @@ class Listing:
             yield from _read_list(encode_path(path))
         else:
             yield Input(encode_path(path))
+
+    def _matches(self, pattern: str) -> Iterator[Input]:
+        """What a glob matches; pathlib's `**` follows no links, which might lead round in circles."""
+        try:
+            for path in Path("/").glob(os.fsdecode(decode_path(pattern)).lstrip("/")):
+                yield from self._match(os.fsencode(path))
+        except ValueError as error:
+            raise SourceError(f"{pattern} is no pattern: {first_line(error)}") from error
+
+    def _match(self, path: bytes) -> Iterator[Input]:
+        if not os.path.isdir(path):
+            if self.skip is None or not path.startswith(decode_path(self.skip) + b"/"):
+                yield Input(encode_path(path))
+        elif os.path.islink(path) and not self.follow_links:
+            self.excluded["link to a directory"] += 1
+        elif self.skip is not None and (path + b"/").startswith(decode_path(self.skip) + b"/"):
+            self.excluded["directory that was reached before, or the output itself"] += 1
+        else:
+            yield from self._walk(path)
 
     def _walk(self, root: bytes) -> Iterator[Input]:
         """All files below a directory; hidden ones too."""
@@ -228,38 +241,72 @@ def _shard_table(shard: list[Input], block: int, next_id: int, first_id: int) ->
 
 
 def _read_list(name: str) -> Iterator[Input]:
-    filesystem, path = filesystem_of(name)
     try:
-        if name.endswith(".parquet"):
-            yield from _read_parquet_list(filesystem, path, name)
-        else:
-            yield from _read_text_list(filesystem, path)
+        with _open(name) as file:
+            yield from _read_parquet_list(file, name) if name.endswith(".parquet") else _read_text_list(file)
     except (OSError, pa.ArrowException) as error:
-        raise SourceError(f"the list {name} cannot be read: {_first_line(error)}") from error
+        raise SourceError(f"the list {name} cannot be read: {first_line(error)}") from error
 
 
-def _read_parquet_list(filesystem: fs.FileSystem, path: str, name: str) -> Iterator[Input]:
-    with filesystem.open_input_file(path) as file:
-        table = pq.ParquetFile(file)
-        if "path" not in table.schema_arrow.names:
-            raise SourceError(f"the list {name} has no column `path`, only {', '.join(table.schema_arrow.names)}")
-        for batch in table.iter_batches(columns=["path"]):
-            yield from (Input(normalize(os.fsdecode(value))) for value in batch.column(0).to_pylist() if value)
+def _open(name: str) -> pa.NativeFile:
+    if not is_remote(name):  # pyarrow's own filesystem takes no names but UTF-8
+        return pa.PythonFile(open(decode_path(name), "rb"), mode="r")
+    filesystem, path = filesystem_of(name)
+    return filesystem.open_input_file(path)
 
 
-def _read_text_list(filesystem: fs.FileSystem, path: str) -> Iterator[Input]:
-    with filesystem.open_input_stream(path) as stream:
-        pending = b""
-        while chunk := stream.read(1 << 20):
-            *lines, pending = (pending + chunk).split(b"\n")
-            yield from _parse_lines(lines)
-        yield from _parse_lines([pending])
+def _read_parquet_list(file: pa.NativeFile, name: str) -> Iterator[Input]:
+    table = pq.ParquetFile(file)
+    if "path" not in table.schema_arrow.names:
+        raise SourceError(f"the list {name} has no column `path`, only {', '.join(table.schema_arrow.names)}")
+    kind = table.schema_arrow.field("path").type
+    if not (_is_text(kind) or (pa.types.is_dictionary(kind) and _is_text(kind.value_type))):
+        raise SourceError(f"the column `path` of the list {name} holds {kind}; it must hold text")
+    for batch in table.iter_batches(columns=["path"]):
+        yield from (_listed(os.fsencode(value)) for value in batch.column(0).to_pylist() if value)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return any(each(kind) for each in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary))
+
+
+def _read_text_list(file: pa.NativeFile) -> Iterator[Input]:
+    pending = b""
+    while chunk := file.read(1 << 20):
+        *lines, pending = (pending + chunk).split(b"\n")
+        yield from _parse_lines(lines)
+    yield from _parse_lines([pending])
 
 
 def _parse_lines(lines: Iterable[bytes]) -> Iterator[Input]:
-    for line in lines:
-        if line := line.rstrip(b"\r"):
-            yield Input(normalize(os.fsdecode(line)))
+    yield from (_listed(line) for line in (line.rstrip(b"\r") for line in lines) if line)
+
+
+def _listed(name: bytes) -> Input:
+    text = os.fsdecode(name)
+    if is_remote(text) and not _is_utf8(name):
+        return Input(name.decode("utf-8", "backslashreplace"), "the URI is not UTF-8")
+    return Input(normalize(text))
+
+
+def _is_utf8(name: bytes) -> bool:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _exists(source: str) -> bool:
+    if not is_remote(source):
+        return os.path.exists(decode_path(source))
+    filesystem, path = filesystem_of(source)
+    return filesystem.get_file_info(path).type is not fs.FileType.NotFound
+
+
+def _may_repeat(source: str) -> bool:
+    """Whether a single source can name a file twice."""
+    return _is_list(source) or _is_glob(source)
 
 
 def _is_list(source: str) -> bool:
@@ -280,7 +327,3 @@ def _is_directory(entry: "os.DirEntry[bytes]") -> bool:
 def _identity(path: bytes) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

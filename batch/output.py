@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from pyarrow import fs
 
-from batch.errors import JobError, OutputError
+from batch.errors import JobError, OutputError, first_line
 from batch.lease import LeaseLostError, LeaseTakenError, lease
 from batch.location import filesystem_of
 
@@ -76,8 +76,9 @@ class Run:
         for name, value in other.options.items():
             if self.options.get(name) != value:
                 return f"its --{name.replace('_', '-')} was {self.options.get(name)} and is now {value}"
-        missing = [source for source in other.sources if source not in self.sources]
-        if missing:
+        added = [source for source in other.sources if source not in self.sources]
+        dropped = [source for source in self.sources if source not in other.sources]
+        if added or (dropped and not self.first_id):  # what was appended need not be named again
             return f"its inputs were {', '.join(self.sources)} and are now {', '.join(other.sources)}"
         return None
 
@@ -118,7 +119,10 @@ class Output:
     def run(self) -> Run | None:
         """The run that can be resumed, if there is one."""
         text = self._read(_RUN_FILE)
-        return None if text is None else _run_from(json.loads(text))
+        try:
+            return None if text is None else _run_from(json.loads(text))
+        except ValueError:  # a power cut left a piece of it, and whatever stands beside it may be no better
+            return None
 
     def finished(self) -> Run | None:
         """The run that is finished, if there is one."""
@@ -170,11 +174,10 @@ class Output:
         """
         probe = self.path(_RUN, "probe")
         try:
-            self.filesystem.create_dir(self.path(_RUN), recursive=True)
             self.write("_run/probe", "")
             self.filesystem.delete_file(probe)
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error).splitlines()[0]
+            reason = os.strerror(error.errno) if error.errno else first_line(error)
             raise OutputError(f"cannot write to {self.name}: {reason}") from error
 
     def clear(self) -> None:
@@ -188,6 +191,12 @@ class Output:
         for info in (self.filesystem.get_file_info(self.path(name)) for name in (_RUN_FILE, _RUN)):
             if info.type is not fs.FileType.NotFound:
                 _delete(self.filesystem, info)
+
+    def drop_empty_run(self) -> None:
+        """Deletes `_run/` where nothing is in it, as a message that was written through it leaves it."""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.path(_RUN))
 
     def begin(self, run: Run) -> None:
         """The manifest is complete: from here on the run can be resumed."""
@@ -207,11 +216,22 @@ class Output:
         target = self.path(name)
         # An object store shows an object when it is complete; a local file is renamed into place.
         written = f"{self.path(_RUN)}/writing-{os.getpid()}" if self.is_local else target
-        self.filesystem.create_dir(self.path(_RUN), recursive=True)
+        self.filesystem.create_dir(self.path(_RUN) if self.is_local else self.base, recursive=True)
         with self.filesystem.open_output_stream(written) as stream:
             stream.write(text.encode())
+        self.sync(written)
         if written != target:
             self.filesystem.move(written, target)
+            self.sync(os.path.dirname(target))
+
+    def sync(self, path: str) -> None:
+        """Waits until a file or directory would survive a power cut. An object store has seen to that already."""
+        if self.is_local:
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[Callable[[], None]]:
@@ -224,7 +244,10 @@ class Output:
             OutputError: another run holds it.
         """
         with self._local_lock() if self.is_local else self._lease() as still_held:
-            yield still_held
+            try:
+                yield still_held
+            finally:
+                self.drop_empty_run()
 
     @contextlib.contextmanager
     def _local_lock(self) -> Iterator[Callable[[], None]]:

@@ -103,10 +103,12 @@ def publish(output: Output, run: Run, parts: list[Part]) -> None:
         name = f"{output.staging}/faces-{run.id}-{number:05}.parquet"
         with output.filesystem.open_output_stream(name) as stream:
             pq.write_table(table.replace_schema_metadata(schema.metadata), stream, compression="zstd")
+        output.sync(name)
     if not seen.all():
         raise IncompleteError(f"{np.count_nonzero(~seen)} of {run.inputs} inputs have no outcome")
     for info in output.list("_run/staging"):
         output.filesystem.move(info.path, output.path(info.base_name))
+    output.sync(output.base)
 
 
 def file_metadata(run: Run) -> dict[str, str]:

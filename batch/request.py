@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from agegender import Predictor
 
-__all__ = ["Request", "Resources", "ScoreOptions"]
+__all__ = ["Mode", "Request", "Resources", "ScoreOptions", "same_command"]
+
+Mode = Literal["resume", "append", "overwrite"]
+
+
+def same_command(mode: Mode) -> str:
+    """What goes on with a run that has stopped."""
+    return "the same command without --overwrite" if mode == "overwrite" else "the same command"
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class Request:
     out: str
     model: str | Path
     options: ScoreOptions = field(default_factory=ScoreOptions)
-    mode: Literal["resume", "append", "overwrite"] = "resume"
+    mode: Mode = "resume"
     follow_links: bool = False
     dry_run: bool = False
     max_bad: str | None = None

@@ -16,12 +16,12 @@ from typing import Final
 
 import pyarrow.parquet as pq
 
-from batch.errors import OutputError, RequestError, SourceError, TooManyBadError
+from batch.errors import JobError, OutputError, RequestError, SourceError, TooManyBadError
 from batch.listing import Listing, blocks_of, digest
 from batch.location import normalize
 from batch.output import Output, Run, now
 from batch.progress import BlockReport, Progress, bad_count
-from batch.request import Request
+from batch.request import Request, same_command
 from batch.summary import bad_text, summary_text
 
 # What takes seconds to import (torch, Ray) is imported where it is needed: a wrong call is answered before, and torch
@@ -74,7 +74,7 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
 
 def _engine(request: Request, output: Output, aside: Executor) -> contextlib.AbstractContextManager[None]:
     """Ray, unless it can have nothing to do; what else the job needs is imported while it starts."""
-    finished = request.mode == "resume" and output.finished() is not None
+    finished = request.mode == "resume" and output.run() is None and output.finished() is not None
     if finished or not os.path.isfile(request.model):
         return contextlib.nullcontext()
     from batch.engine import running_engine  # before OpenCV is: both change sys.path meanwhile, and must not at once
@@ -100,13 +100,18 @@ def _identify(request: Request, listing: Listing) -> tuple[Run, bytes]:
         created=now(),
         version=f"{version('agegender')}+{_code_digest()}",
         model={"name": chain.spec.name, "version": chain.spec.version, "sha256": chain.sha256},
-        options=asdict(request.options),
+        options={**asdict(request.options), "follow_links": request.follow_links, "gpus": _gpus(request)},
         sources=list(listing.sources),
         inputs=0,
         blocks=0,
         libraries={name: version(name) for name in _LIBRARIES},
     )
     return run, model
+
+
+def _gpus(request: Request) -> str:
+    """Where the network runs, as far as the last bits depend on it."""
+    return request.resources.device if request.resources.gpus else "none"
 
 
 def _code_digest() -> str:
@@ -122,7 +127,7 @@ def _code_digest() -> str:
 def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say: Callable[[str], None]) -> Run | None:
     """The run to work on: the one that was interrupted, or a new one; None if nothing is left to do."""
     if (interrupted := output.run()) is not None:
-        if request.mode == "append":
+        if request.mode == "append" and not interrupted.first_id:
             raise OutputError(f"{output.name} holds an unfinished run; finish it without --append first")
         _require_same(output, interrupted, wanted, "an unfinished run")
         say(f"Going on with the run of {interrupted.created} ({interrupted.inputs:,} files).")
@@ -130,7 +135,10 @@ def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say
     finished = output.finished()
     if finished is None:
         output.clear()  # what is there is a listing that was interrupted
-        return _begin(output, wanted, listing, say)
+        if (run := _begin(output, wanted, listing, say)) is None:
+            reason = "; all were left out" if listing.excluded else ""
+            raise SourceError(f"found no files in {', '.join(listing.sources)}{reason}")
+        return run
     if request.mode == "append":
         return _append(output, finished, wanted, listing, say)
     _require_same(output, finished, wanted, "a finished run")
@@ -156,14 +164,11 @@ def _append(output: Output, finished: Run, wanted: Run, listing: Listing, say: C
     listing.known = _known_digests(output)
     sources = [*finished.sources, *(source for source in wanted.sources if source not in finished.sources)]
     first_id = output.summary()["inputs"]
-    try:
-        return _begin(output, replace(wanted, sources=sources, first_id=first_id), listing, say)
-    except SourceError as error:
+    run = _begin(output, replace(wanted, sources=sources, first_id=first_id), listing, say)
+    if run is None:
         output.clear_run()
-        if not listing.excluded:
-            raise
-        say(f"Nothing to add: {error}.")
-        return None
+        say(f"Nothing to add: all files in {', '.join(listing.sources)} are in the output.")
+    return run
 
 
 def _known_digests(output: Output) -> set[bytes]:
@@ -175,19 +180,20 @@ def _known_digests(output: Output) -> set[bytes]:
     return known
 
 
-def _begin(output: Output, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run:
-    """Lists the sources into the manifest."""
+def _begin(output: Output, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run | None:
+    """Lists the sources into the manifest; None if there is nothing to do in them."""
     say(f"Listing {', '.join(listing.sources)}")
     output.filesystem.create_dir(output.manifest, recursive=True)
     inputs = blocks = 0
     for number, shard in enumerate(blocks_of(listing, first_id=wanted.first_id)):
-        with output.filesystem.open_output_stream(f"{output.manifest}/blocks-{number:05}.parquet") as stream:
+        path = f"{output.manifest}/blocks-{number:05}.parquet"
+        with output.filesystem.open_output_stream(path) as stream:
             pq.write_table(shard, stream, row_group_size=64)
+        output.sync(path)
         inputs += sum(len(paths) for paths in shard["paths"].to_pylist())
         blocks += shard.num_rows
     if not inputs:
-        reason = "; all were left out" if listing.excluded else ""
-        raise SourceError(f"found no files in {', '.join(listing.sources)}{reason}")
+        return None
     run = replace(wanted, inputs=inputs, blocks=blocks, excluded=dict(listing.excluded))
     output.begin(run)
     say(f"Found {inputs:,} files.")
@@ -207,7 +213,7 @@ def _finish(
     from batch.publish import committed_parts, describe, publish
 
     _, before = committed_parts(output)
-    watch = _Watch(run, before.statuses, request.max_bad)
+    watch = _Watch(run, before.statuses, request)
     if before.inputs:
         say(f"{before.inputs:,} of {run.inputs:,} files were done before.")
     if before.inputs < run.inputs:
@@ -236,6 +242,8 @@ def _score(output: Output, run: Run, model: bytes, request: Request, watch: "_Wa
 
     try:
         score_manifest(output, request.options, model, request.resources, watch.see)
+    except JobError as error:
+        raise JobError(f"{error}; what is done stays done, and {same_command(request.mode)} goes on") from error
     finally:
         watch.close()
 
@@ -243,10 +251,11 @@ def _score(output: Output, run: Run, model: bytes, request: Request, watch: "_Wa
 class _Watch:
     """Shows the progress of a run, and stops it when too much fails."""
 
-    def __init__(self, run: Run, before: Counter[str], max_bad: str | None) -> None:
+    def __init__(self, run: Run, before: Counter[str], request: Request) -> None:
         self._run = run
         self._before = before
-        self._max_bad = max_bad
+        self._max_bad = request.max_bad
+        self._same_command = same_command(request.mode)
         self._statuses: Counter[str] = before.copy()
         self._progress = Progress(run.inputs, before=sum(before.values()))
         self._first: float | None = None
@@ -273,7 +282,7 @@ class _Watch:
         if self._max_bad is not None and bad_count(statuses) > _allowed(self._max_bad, sum(statuses.values())):
             raise TooManyBadError(
                 f"stopped: {bad_text(statuses)}, more than --max-bad {self._max_bad} allows; "
-                "the same command with a higher --max-bad goes on from here"
+                f"{self._same_command} with a higher --max-bad goes on from here"
             )
 
 

@@ -126,11 +126,11 @@ def test_the_driver_killed_at_20_random_moments(
     assert not (out / "_run").exists()
 
 
-def scorers(root: int) -> list[psutil.Process]:
+def actors(root: int, name: str) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(root).children(recursive=True):
         with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            if "Scorer" in " ".join(child.cmdline()):
+            if name in " ".join(child.cmdline()):
                 found.append(child)
     return found
 
@@ -145,7 +145,7 @@ def test_workers_killed_while_they_score(
         wait_for_a_part(process, out)
         if process.poll() is not None:
             break
-        for victim in scorers(process.pid)[:1]:
+        for victim in [*actors(process.pid, "Scorer")[:1], *actors(process.pid, "Tally")[:1]]:
             victim.kill()
             killed += 1
     assert process.wait(TIMEOUT_S) == 0
@@ -243,7 +243,7 @@ def test_a_node_of_a_cluster_killed_midway(
 
     def busy() -> list[Any]:
         raylets = {node: node.all_processes["raylet"][0].process.pid for node in cluster.worker_nodes}
-        return [node for node, raylet in raylets.items() if scorers(raylet)]
+        return [node for node, raylet in raylets.items() if actors(raylet, "Scorer")]
 
     assert wait_for(lambda: process.poll() is not None or (committed(out) > 4 and bool(busy())))
     assert process.poll() is None

@@ -119,6 +119,19 @@ def test_a_glob_matches_files_and_directories(folder: Path) -> None:
     )
 
 
+def test_a_glob_reads_no_lists_enters_no_output_and_goes_round_in_no_circle(folder: Path) -> None:
+    (folder / "notes.txt").write_text("a sentence, not a path")
+    (folder / "loop").symlink_to(folder)
+    (folder / "again").symlink_to(folder)
+    for pattern in ("**", "*", "**/*"):
+        listing = Listing([str(folder / pattern)], skip=str(folder / "out"))
+        found = [each.path for each in listing]
+        assert sorted(found) == [
+            str(folder / name) for name in ("b/.hidden/three.jpg", "b/two.jpg", "notes.txt", "one.jpg")
+        ]
+        assert listing.excluded["link to a directory"] >= 2
+
+
 def test_lists_of_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     expected = [str(folder / "one.jpg"), "/gone\n.jpg", "file:///caf%E9.jpg", "s3://bucket/a b%.jpg"]
@@ -130,6 +143,17 @@ def test_lists_of_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names(table) == expected
 
 
+def test_sources_and_lists_whose_names_are_not_utf_8(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    (odd / "one.jpg").write_bytes(b"data")
+    (odd / "list.txt").write_bytes(b"s3://bucket/caf\xe9.jpg\n/tmp/two.jpg")
+    assert names(odd / "one.jpg") == [encode_path(os.fsencode(odd / "one.jpg"))]
+    assert len(names(odd)) == 2
+    listed = list(Listing([normalize(str(odd / "list.txt"))]))
+    assert listed == [Input("s3://bucket/caf\\xe9.jpg", "the URI is not UTF-8"), Input("/tmp/two.jpg")]
+
+
 def test_sources_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="missing does not exist"):
         names(tmp_path / "missing")
@@ -138,6 +162,9 @@ def test_sources_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "list.parquet"
     pq.write_table(pa.table({"file": ["a"]}), wrong)
     with pytest.raises(SourceError, match="no column `path`, only file"):
+        names(wrong)
+    pq.write_table(pa.table({"path": [1, 2]}), wrong)
+    with pytest.raises(SourceError, match="holds int64; it must hold text"):
         names(wrong)
     wrong.write_bytes(b"PAR1")
     with pytest.raises(SourceError, match="cannot be read"):

@@ -28,7 +28,7 @@ from batch.output import Output
 from batch.progress import BlockReport, Progress, Tally, bad_count
 from batch.publish import committed_parts
 from batch.report import write_report
-from batch.request import Request, ScoreOptions
+from batch.request import Request, Resources, ScoreOptions
 from batch.run import run_batch
 from batch.samples import write_samples
 from batch.scorer import BLOCK_SCHEMA, Scorer, score
@@ -150,6 +150,8 @@ def test_an_interrupted_listing_begins_anew(request_: Request, engine: Engine, s
         ({"options": ScoreOptions()}, "--faces was whole and is now detect"),
         ({"options": replace(WHOLE, max_bytes=7)}, "--max-bytes was 512000000 and is now 7"),
         ({"sources": ("tests",)}, "its inputs were .*source and are now .*tests"),
+        ({"follow_links": True}, "--follow-links was False and is now True"),
+        ({"resources": Resources(gpus=1, device="cpu")}, "--gpus was none and is now cpu"),
     ],
 )
 def test_another_run_is_refused_with_the_reason(
@@ -207,13 +209,56 @@ def test_append_adds_what_is_new_and_nothing_twice(
     with pytest.raises(JobError):
         run_batch(again, said.append)
     assert Output(request_.out).finished() is None
-    with pytest.raises(OutputError, match="finish it without --append"):
-        run_batch(again, said.append)
     engine.stop_after = None
-    run_batch(request_, said.append)
+    run_batch(again, said.append)
     table = pd.read_parquet(request_.out)
     assert len(table) == table["path"].nunique() == table["id"].nunique() == 51
     assert json.loads((Path(request_.out) / "_summary.json").read_text())["inputs"] == 51
+
+
+def test_append_goes_on_with_no_run_but_its_own(request_: Request, engine: Engine, said: list[str]) -> None:
+    engine.stop_after = 1
+    with pytest.raises(JobError, match="the same command goes on"):
+        run_batch(request_, said.append)
+    with pytest.raises(OutputError, match="finish it without --append"):
+        run_batch(replace(request_, mode="append"), said.append)
+
+
+def test_append_tells_of_a_list_that_cannot_be_read(
+    request_: Request, engine: Engine, said: list[str], tmp_path: Path
+) -> None:
+    run_batch(request_, said.append)
+    damaged = tmp_path / "list.parquet"
+    damaged.write_bytes(b"PAR1")
+    for mode in ("append", "overwrite"):
+        with pytest.raises(SourceError, match="cannot be read"):
+            run_batch(replace(request_, sources=(*request_.sources, str(damaged)), mode=mode), said.append)  # type: ignore[arg-type]
+    assert len(pd.read_parquet(request_.out)) == 50
+
+
+def test_an_append_that_ended_while_it_began_goes_on(
+    request_: Request, engine: Engine, said: list[str], source: Path
+) -> None:
+    run_batch(request_, said.append)
+    (source / "late.png").write_bytes(b"words")
+    engine.stop_after = 0
+    with pytest.raises(JobError):
+        run_batch(replace(request_, mode="append"), said.append)
+    (Path(request_.out) / "_SUCCESS").touch()  # it goes after run.json has come
+    engine.stop_after = None
+    run_batch(request_, said.append)
+    assert engine.calls == 3
+    assert len(pd.read_parquet(request_.out)) == 51
+
+
+def test_a_run_that_a_power_cut_left_in_pieces_begins_anew(request_: Request, engine: Engine, said: list[str]) -> None:
+    engine.stop_after = 1
+    with pytest.raises(JobError):
+        run_batch(request_, said.append)
+    (Path(request_.out) / "_run" / "run.json").write_text("")
+    engine.stop_after = None
+    run_batch(request_, said.append)
+    assert len(pd.read_parquet(request_.out)) == 50
 
 
 def test_overwrite_starts_anew(request_: Request, engine: Engine, said: list[str], source: Path) -> None:
@@ -303,6 +348,8 @@ def test_the_report_is_one_page_that_escapes_what_it_shows(
     (source / "group.jpg").write_bytes(group_jpeg)
     run_batch(replace(request_, options=ScoreOptions()), said.append)
     page = Path(write_report(Output(request_.out))).read_text()
+    assert main(["report", request_.out]) == 0
+    assert not (Path(request_.out) / "_run").exists()
     assert "&lt;script&gt;alert" in page
     assert "<script" not in page
     assert "http" not in page
@@ -347,6 +394,7 @@ def test_readers_of_other_libraries_see_the_same(
         (["tests", "out", "--model", "gone.pt"], "cannot read the model gone.pt"),
         (["tests", "out", "--min-score", "7"], "min_score"),
         (["report", "gone"], "is not a finished output"),
+        (["tests", "out", "--overwrite", "--model", "gone.pt"], "cannot read the model gone.pt"),
     ],
 )
 def test_a_wrong_call_is_one_line(
@@ -357,6 +405,14 @@ def test_a_wrong_call_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "out" / "_run").exists()
+
+
+@pytest.mark.parametrize("option", ["--workers", "--gpus", "--max-bytes"])
+def test_numbers_below_zero_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["gone", "out", f"{option}=-1"])
+    assert "'-1' is not a number from 0 on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["5", "0", "2.5%"])

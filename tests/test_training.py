@@ -714,7 +714,8 @@ def test_wrong_calls_end_in_one_line(arguments: list[str], message: str, tmp_pat
     [
         ({"threads": -1}, "threads must be above 0, not -1"),
         ({"max_samples": 0}, "max_samples must be above 0, not 0"),
-        ({"teacher": (Path(),), "age_loss": "mse"}, "teacher goes with the age_loss distribution"),
+        ({"teacher": (Path("run"),), "out_dir": Path("run")}, "holds the run of a teacher"),
+        ({"teacher": (Path("run"),), "age_loss": "mse"}, "teacher goes with the age_loss distribution"),
     ],
 )
 def test_options_that_cannot_work_are_refused(changes: dict[str, Any], message: str, options: TrainOptions) -> None:
@@ -722,9 +723,13 @@ def test_options_that_cannot_work_are_refused(changes: dict[str, Any], message: 
         replace(options, **changes)
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", b".", b"PK\x03\x04"])
-def test_other_files_than_weights_are_a_clear_error(content: bytes, options: TrainOptions, tmp_path: Path) -> None:
-    (tmp_path / BEST).write_bytes(content)
+@pytest.mark.parametrize("content", [b"", b"no weights", b".", b"PK\x03\x04", None])
+def test_other_files_than_weights_are_a_clear_error(
+    content: bytes | None, options: TrainOptions, tmp_path: Path
+) -> None:
+    torch.save(torch.zeros(3), tmp_path / BEST)
+    if content is not None:
+        (tmp_path / BEST).write_bytes(content)
     (tmp_path / "options.json").write_text("{}")
     for source in ({"checkpoint": (tmp_path / BEST,)}, {"teacher": (tmp_path,)}):
         with pytest.raises(ValueError, match=r"best\.pt holds no weights of a training"):
