@@ -35,7 +35,7 @@ from training.evaluate import EvaluateOptions
 from training.evaluate import run as evaluation
 from training.export import Artifact, check_exportable
 from training.face_resnet import FaceResNet, load_packaged_weights
-from training.loop import BEST, _validate, read_curve, train
+from training.loop import BEST, _validate, load_weights, read_curve, train
 from training.loss import Targets, criterion, expected_age, label_targets
 from training.metrics import Scored, measure
 from training.network import AGE_BINS, Logits, Network, create_network
@@ -723,17 +723,22 @@ def test_options_that_cannot_work_are_refused(changes: dict[str, Any], message: 
         replace(options, **changes)
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", b".", b"PK\x03\x04", None])
-def test_other_files_than_weights_are_a_clear_error(
-    content: bytes | None, options: TrainOptions, tmp_path: Path
-) -> None:
-    torch.save(torch.zeros(3), tmp_path / BEST)
-    if content is not None:
-        (tmp_path / BEST).write_bytes(content)
+@pytest.mark.parametrize("content", [b"", b"no weights", b".", b"PK\x03\x04"])
+def test_other_files_than_weights_are_a_clear_error(content: bytes, tmp_path: Path) -> None:
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    (tmp_path / BEST).write_bytes(content)
+    for name in ("tensor.pt", BEST):
+        with pytest.raises(ValueError, match=f"{name} holds no weights of a training"):
+            load_weights(tmp_path / name)
+
+
+@pytest.mark.parametrize("source", ["teacher", "checkpoint"])
+def test_sources_without_weights_are_a_clear_error(source: str, options: TrainOptions, tmp_path: Path) -> None:
+    (tmp_path / BEST).write_bytes(b"")
     (tmp_path / "options.json").write_text("{}")
-    for source in ({"checkpoint": (tmp_path / BEST,)}, {"teacher": (tmp_path,)}):
-        with pytest.raises(ValueError, match=r"best\.pt holds no weights of a training"):
-            run(replace(options, **source))  # type: ignore[arg-type]
+    path = tmp_path / BEST if source == "checkpoint" else tmp_path
+    with pytest.raises(ValueError, match=r"best\.pt holds no weights of a training"):
+        run(replace(options, precision="float32", **{source: (path,)}))
 
 
 def test_a_run_begun_on_a_gpu_goes_on_without(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 import copy
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,9 +73,10 @@ def check_exportable(network: Network, options: TrainOptions) -> None:
         for batch in chips:
             trained(batch)
         deployed = Deployed(network, chips[-1], precision=options.precision, mirror=options.mirror)
-        _script(Artifact(deployed, Calibration((1.0,) * AGE_BINS, 1.0, options.mean)))
+        with _hearing_out_torchscript():
+            torch.jit.script(Artifact(deployed, Calibration((1.0,) * AGE_BINS, 1.0, options.mean)))
     except Exception as error:  # whatever the backbone's code raises at other sizes, or when it is traced or compiled
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
         precision = ", --precision float32" if options.precision == "int8" else ""
         raise ValueError(
             f"{options.backbone} cannot be trained on chips of {sizes[0]} to {sizes[1]} pixels and exported in "
@@ -82,15 +85,17 @@ def check_exportable(network: Network, options: TrainOptions) -> None:
         ) from error
 
 
-def _script(artifact: Artifact) -> torch.jit.ScriptModule:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and still runs it
-        return torch.jit.script(artifact.eval())
-
-
 def export(network: Deployed, calibration: Calibration, spec: ModelSpec, path: Path) -> None:
     """Writes the artifact beside `path` and renames it into place."""
     temporary = path.with_suffix(".tmp")
-    scripted = _script(Artifact(network, calibration))
-    torch.jit.save(scripted, str(temporary), _extra_files={SPEC_FILE: spec.to_json()})
+    with _hearing_out_torchscript():
+        scripted = torch.jit.script(Artifact(network, calibration).eval())
+        torch.jit.save(scripted, str(temporary), _extra_files={SPEC_FILE: spec.to_json()})
     os.replace(temporary, path)
+
+
+@contextmanager
+def _hearing_out_torchscript() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and still runs it
+        yield

@@ -355,6 +355,8 @@ def load_weights(path: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        if not isinstance(state, dict):
+            raise TypeError(f"{type(state).__name__} instead of a dictionary")
     except OSError:
         raise
     except Exception as error:  # whatever the bytes of another file make a pickle do

@@ -130,6 +130,8 @@ class TrainOptions:
             raise ValueError("quantization_aware goes with the precision int8")
         if self.teacher and self.mean:
             raise ValueError("teacher goes with the age_loss distribution: the others learn no age from it")
+        if self.out_dir.absolute() in [run.absolute() for run in self.teacher]:
+            raise ValueError(f"out_dir {self.out_dir} holds the run of a teacher, which would be overwritten")
         if not 0 <= self.teacher_weight <= 1:
             raise ValueError(f"teacher_weight must lie between 0 and 1, not {self.teacher_weight}")
         if min(self.val_frac, self.test_frac) <= 0 or self.val_frac + self.test_frac >= 1:

@@ -185,7 +185,7 @@ def _checkpoint_state(options: TrainOptions) -> dict[str, Any] | None:
     try:
         states = [load_weights(path) for path in options.checkpoint]
         return join(states) if len(states) > 1 else states[0]
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{_names(options.checkpoint)}: no weights of a training ({error})") from error
 
 
