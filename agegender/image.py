@@ -41,9 +41,11 @@ _UPRIGHT: Final = {
     8: (1, False),
 }
 
-# Each scan of a progressive JPEG is a pass over all its pixels for as little as 100 bytes. Encoders write about ten.
+# Each scan of a JPEG is a pass over all its pixels for as little as 10 bytes: of a progressive one, and of a baseline
+# one whose first scan leaves out a component. Encoders write about ten.
 _MAX_SCANS: Final = 64
-_JPEG_MARKER: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+# Those after which libjpeg reads a length; what would hide behind the length of another, it decodes.
+_JPEG_MARKER: Final = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
 _SIXTEEN_BIT_MODES: Final = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -80,7 +82,7 @@ class EncodedImage:
         """
         try:
             source, _ = _open(self._data)
-            if source.info.get("progressive") and (scans := _count_scans(self._data)) > _MAX_SCANS:
+            if self.format == "JPEG" and (scans := _count_scans(self._data)) > _MAX_SCANS:
                 raise ImageDecodeError(f"JPEG image of {scans} scans, over the limit of {_MAX_SCANS}")
             if min_side_px is not None and self.format == "JPEG":
                 _allow_dct_scaling(source, min_side_px)
@@ -181,6 +183,9 @@ def _orientation(source: Image.Image) -> int:
 
 
 def _count_scans(data: bytes) -> int:
+    """Exact from `_MAX_SCANS` on; below, at least as many as there are, which is told in no time."""
+    if (most := bytes(data).count(_START_OF_SCAN)) <= _MAX_SCANS:
+        return most
     scans, position = 0, 2
     while (marker := _JPEG_MARKER.search(data, position)) and marker[0] != _END_OF_IMAGE:
         scans += marker[0] == _START_OF_SCAN

@@ -421,8 +421,28 @@ def test_a_progressive_jpeg_of_countless_scans_is_refused(smooth, encode):
     last_scan = data[data.rindex(b"\xff\xc4") : -2]
     assert read_header(data).decode().shape == smooth.shape
     assert read_header(data[:-2] + last_scan * 30 + data[-2:] + last_scan * 1000).decode().shape == smooth.shape
-    with pytest.raises(ImageDecodeError, match="JPEG image of 1010 scans, over the limit of 64"):
-        decode_image(data[:-2] + last_scan * 1000 + data[-2:])
+    for hidden in (b"", b"\xff\x01\xff\xff"):  # a marker without a length, though it looks like one of 65 KB
+        with pytest.raises(ImageDecodeError, match="JPEG image of 1010 scans, over the limit of 64"):
+            decode_image(data[:-2] + hidden + last_scan * 1000 + data[-2:])
+
+
+def test_a_damaged_restart_hides_no_scans(smooth, encode):
+    """Where libjpeg looks for a restart, it passes over a reserved marker and nothing else."""
+    data = encode(smooth, "JPEG", progressive=True, restart_marker_blocks=100)
+    last_scan = data[data.rindex(b"\xff\xc4") : -2]
+    damaged = last_scan[: last_scan.index(b"\xff\xd0")] + b"\xff\x02\xff\xff"
+    with pytest.raises(ImageDecodeError, match="JPEG image of 1011 scans"):
+        decode_image(data[:-2] + damaged + last_scan * 1000 + data[-2:])
+
+
+def test_a_baseline_jpeg_of_countless_scans_is_refused(smooth, encode):
+    """Where the first scan holds one component of three, any number of scans may follow."""
+    data = encode(smooth, "JPEG", subsampling=0)
+    one_component = b"\xff\xda\0\x08\x01\x01\0\0\x3f\0"
+    head = data[: data.index(b"\xff\xda")]
+    assert read_header(head + one_component * 64 + data[-2:]).decode().shape == smooth.shape
+    with pytest.raises(ImageDecodeError, match="JPEG image of 65 scans, over the limit of 64"):
+        decode_image(head + one_component * 65 + data[-2:])
 
 
 def test_other_formats_are_decoded_in_full(noise, encode):
