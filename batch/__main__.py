@@ -7,10 +7,8 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from batch.request import Request
+from batch.request import Request, Resources, ScoreOptions, same_command
 
 # Ray and torch read these when they are imported. One thread a process, since there is a process for each core; nothing
 # is sent anywhere; nothing listens beyond this machine.
@@ -51,8 +49,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(_report if reporting else _score, options)
     except KeyboardInterrupt:
-        from batch.request import same_command
-
         advice = "" if reporting else f"; {same_command(options.mode)} goes on from here"
         print(f"\nbatch: interrupted{advice}", file=sys.stderr)
         return _INTERRUPTED
@@ -95,9 +91,7 @@ def _complain(error: Exception, exit_code: int) -> int:
     return exit_code
 
 
-def _request(options: argparse.Namespace) -> "Request":
-    from batch.request import Request, Resources, ScoreOptions
-
+def _request(options: argparse.Namespace) -> Request:
     return Request(
         sources=tuple(options.sources),
         out=options.out,
@@ -124,13 +118,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="what to score, see below")
     parser.add_argument("out", metavar="OUT", help="directory for the output, local or a URI")
+    defaults = ScoreOptions()
     what = parser.add_argument_group("what the values depend on")
-    what.add_argument("--faces", choices=("detect", "whole"), default="detect", help="whole: each image is one face")
+    what.add_argument(
+        "--faces", choices=("detect", "whole"), default=defaults.faces, help="whole: each image is one face"
+    )
     what.add_argument("--model", default="model_store/agegender.pt", help="the artifact (default %(default)s)")
-    what.add_argument("--min-score", type=float, default=0.6, help="least detector score, 0 to 1 (default %(default)s)")
-    what.add_argument("--max-faces", type=int, default=100, help="most faces an image (default %(default)s)")
-    what.add_argument("--max-pixels", type=int, default=100_000_000, help="larger images are refused (100 million)")
-    what.add_argument("--max-bytes", type=_count, default=512_000_000, help="larger files are not read (512 million)")
+    for name, kind, text in (
+        ("min_score", float, "least detector score, 0 to 1"),
+        ("max_faces", int, "most faces an image"),
+        ("max_pixels", int, "larger images are refused"),
+        ("max_bytes", _count, "larger files are not read"),
+    ):
+        option, default = f"--{name.replace('_', '-')}", getattr(defaults, name)
+        what.add_argument(option, type=kind, default=default, help=f"{text} (default {default:,})")
     how = parser.add_argument_group("how it runs")
     mode = how.add_mutually_exclusive_group()
     mode.add_argument(
@@ -144,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         help="first delete what this program wrote to OUT",
     )
     how.add_argument(
-        "--max-bad", type=_max_bad, metavar="N|N%%", help="stop when more inputs than this fail (default: never)"
+        "--max-bad", type=_max_bad, metavar="N|N%", help="stop when more inputs than this fail (default: never)"
     )
     how.add_argument("--follow-links", action="store_true", help="enter links to directories, each directory once")
     how.add_argument("--dry-run", action="store_true", help="list and estimate, and write nothing")

@@ -1,12 +1,13 @@
 """What a run does to its output directory, with an engine of this process in Ray's place."""
 
 import contextlib
+import inspect
 import io
 import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -406,6 +407,14 @@ def test_a_wrong_call_is_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out" / "_run").exists()
+
+
+def test_the_defaults_are_the_predictors() -> None:
+    of_predictor = {name: each.default for name, each in inspect.signature(Predictor).parameters.items()}
+    options = asdict(ScoreOptions())
+    assert {name: of_predictor[name] for name in options if name != "max_bytes"} == {
+        name: value for name, value in options.items() if name != "max_bytes"
+    }
 
 
 @pytest.mark.parametrize("option", ["--workers", "--gpus", "--max-bytes"])
