@@ -18,6 +18,7 @@ MAX_IMAGES: Final = 64
 MAX_IMAGE_BYTES: Final = 16 * 2**20
 MAX_PIXELS: Final = 50_000_000
 MAX_FACES: Final = 1000
+MAX_FACES_OF_ALL: Final = 6400
 _MAX_NAME: Final = 1024
 
 _BODY: Final = "body"  # TorchServe's name for a body that is no form
@@ -144,6 +145,7 @@ def parse_request(row: Mapping[str, Any], headers: Mapping[str, str]) -> Request
         _check_all_parts_arrived(row, headers.get("content-length", ""))
         request = _from_form(row)
     _check_pixels(request.items)
+    _check_faces(len(request.items) * request.options.max_faces)
     return request
 
 
@@ -258,6 +260,16 @@ def _check_pixels(items: tuple[Item, ...]) -> None:
             "too_large",
             f"{pixels / 1e6:.1f} megapixels in one request are over the limit of {MAX_PIXELS / 1e6:g}; "
             "send several requests",
+        )
+
+
+def _check_faces(count: int) -> None:
+    if count > MAX_FACES_OF_ALL:
+        raise RequestError(
+            413,
+            "too_large",
+            f"images times max_faces are {count}, over the limit of {MAX_FACES_OF_ALL}; "
+            "lower max_faces, or send several requests",
         )
 
 

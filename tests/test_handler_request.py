@@ -74,6 +74,7 @@ def test_json_is_known_by_its_type_whatever_the_spelling() -> None:
         (as_json({"data": "abc"}), JSON, 400, "bad_base64"),
         (as_json({"data": "ü"}), JSON, 400, "bad_base64"),
         (as_json({"instances": [instance(b"1")] * (MAX_IMAGES + 1)}), JSON, 413, "too_large"),
+        ({**{str(index): b"1" for index in range(64)}, "max_faces": b"101"}, {}, 413, "too_large"),
         ({"body": b"1", "nonsense": "1"}, {}, 400, "unknown_option"),
         ({"body": b"1", "faces": "all"}, {}, 400, "bad_option"),
         ({"body": b"1", "min_score": "nan"}, {}, 400, "bad_option"),
@@ -101,6 +102,14 @@ def test_a_whole_form_is_not_taken_for_one_that_lost_a_part() -> None:
     fields = {f"field{index}": b"x" * 50 for index in range(20)}
     length = str(sum(len(value) for value in fields.values()) + 20 * 200)
     assert len(parse_request(fields, {"content-length": length}).items) == 20
+
+
+def test_the_faces_of_all_images_together_are_bounded() -> None:
+    most = {"instances": [instance(b"1")] * 6, "parameters": {"max_faces": MAX_FACES}}
+    assert len(parse_request(as_json(most), JSON).items) == 6
+    with pytest.raises(RequestError, match="7000, over the limit of 6400; lower max_faces"):
+        parse_request(as_json({**most, "instances": most["instances"] + [instance(b"1")]}), JSON)
+    assert len(parse_request(as_json({"instances": [instance(b"1")] * MAX_IMAGES}), JSON).items) == MAX_IMAGES
 
 
 def test_the_pixels_of_all_images_together_are_bounded(encode: Any) -> None:
