@@ -7,11 +7,13 @@ import os
 import re
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, Final
@@ -59,15 +61,17 @@ class Server:
         """Starts the server and returns when every worker answers.
 
         Raises:
-            ServingError: it runs already, a file or Java is missing, or it is not ready in time; it is stopped then.
+            ServingError: it runs already, a file or Java is missing, its temporary directory is someone else's, or it
+                is not ready in time; it is stopped then.
         """
         if self.process():
             raise ServingError("the server runs already; `make stop` stops it")
         archive = self._path("model_store", "model_store") / self.settings.get("load_models", "")
         if not archive.is_file():
             raise ServingError(f"{archive} is missing; build it with `make archive`")
-        self._launch()
+        _make_private(self.temporary)
         try:
+            self._launch()
             self._wait_until_ready(timeout_s)
         except BaseException:
             self.stop(drain_s=0)
@@ -138,7 +142,6 @@ class Server:
 
     def _launch(self) -> None:
         (self.directory / "logs").mkdir(exist_ok=True)
-        self.temporary.mkdir(mode=0o700, exist_ok=True)
         folder = str(self.temporary)
         # One thread a worker; two of them with more each fight over the cores.
         environment = {**os.environ, "TMPDIR": folder, "TEMP": folder, "OMP_NUM_THREADS": "1"}
@@ -264,6 +267,15 @@ def _private_directory(directory: Path) -> Path:
     """A short path, since sockets lie there, and one of its own: two servers that share it disturb each other."""
     name = hashlib.sha256(str(directory).encode()).hexdigest()[:12]
     return Path(tempfile.gettempdir()) / f"agegender-{os.getuid()}-{name}"
+
+
+def _make_private(directory: Path) -> None:
+    """Its name is no secret, so anyone may have made it first, to read what lies there or to replace it."""
+    with suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ServingError(f"{directory} is not this user's own; remove it")
 
 
 def _busy_locks(workers: list[psutil.Process]) -> Iterator[Path]:
