@@ -31,6 +31,7 @@ _ADVICE: Final = {
 }
 
 _INTERNAL: Final = RequestError(500, "failed", "the image could not be processed; the server's log says why")
+_STOPPING: Final = RequestError(503, "stopping", "the server is being stopped; ask again shortly")
 
 _log = logging.getLogger(__name__)
 
@@ -67,12 +68,9 @@ class AgeGenderHandler:
         Returns:
             One JSON text per request, in order.
         """
-        if (self._directory / DRAINING).exists():
-            stopping = RequestError(503, "stopping", "the server is being stopped; ask again shortly")
-            answers: list[Any] = [stopping] * len(rows)
-        else:
-            with self._busy():
-                answers = self._answers(rows, context)
+        with self._busy():  # from before the look: whoever stops the server takes a worker without the lock for idle
+            stopping = (self._directory / DRAINING).exists()
+            answers = [_STOPPING] * len(rows) if stopping else self._answers(rows, context)
         texts = [self._finish(answer, index, context) for index, answer in enumerate(answers)]
         self._metrics.emit()
         return texts

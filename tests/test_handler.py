@@ -1,10 +1,13 @@
 """The handler by itself: a batch in, an answer each out, whatever one of them holds."""
 
+import fcntl
 import json
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 
 from agegender import Predictor
 from agegender.records import from_json
-from handler import DRAINING
+from handler import BUSY_LOCK, DRAINING
 from handler.archive import build_archive
 from handler.handler import AgeGenderHandler
 
@@ -133,6 +136,22 @@ def test_while_stopping_new_requests_are_turned_away(
         (unpacked / DRAINING).unlink()
     assert context.statuses[0] == 503
     assert answer["error"]["code"] == "stopping"
+
+
+def test_a_batch_that_waits_for_the_lock_is_turned_away_too(
+    handler: AgeGenderHandler, context: Context, unpacked: Path, group_jpeg: bytes
+) -> None:
+    """Whoever stops the server has seen its worker idle."""
+    with ThreadPoolExecutor() as pool, (unpacked / BUSY_LOCK).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        texts = pool.submit(handler.handle, [{"body": group_jpeg}], context)
+        time.sleep(0.3)
+        (unpacked / DRAINING).touch()
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        try:
+            assert json.loads(texts.result(timeout=60)[0])["error"]["code"] == "stopping"
+        finally:
+            (unpacked / DRAINING).unlink()
 
 
 def test_counts_stages_answers_and_faces(
