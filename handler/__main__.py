@@ -52,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ServingError as error:
         print(f"handler: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _archive(model: Path | None, target: Path | None) -> int:

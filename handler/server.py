@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -91,9 +92,9 @@ class Server:
         """
         process = self.process()
         if process:
-            family = [process, *process.children(recursive=True)]
-            self._drain(family[1:], time.monotonic() + drain_s)
-            _end(process, family)
+            workers = _workers(process)
+            self._drain(workers, time.monotonic() + drain_s)
+            _end([process, *workers])
         (self.directory / KEY_FILE).unlink(missing_ok=True)
         shutil.rmtree(self.temporary, ignore_errors=True)
         return process is not None
@@ -147,11 +148,20 @@ class Server:
         environment = {**os.environ, "TMPDIR": folder, "TEMP": folder, "OMP_NUM_THREADS": "1"}
         environment["JAVA_HOME"] = str(java_home())
         command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs", "--ts-config", str(self.config)]
-        with (self.directory / _START_LOG).open("wb") as output:
-            started = subprocess.run(command, cwd=self.directory, env=environment, stdout=output, stderr=output)
-        # Its command line is not readable in the moment in which a process becomes Java.
-        if started.returncode or not _wait(lambda: self.process() is not None, time.monotonic() + 10):
-            raise ServingError(f"TorchServe did not start: {self._last_words()}")
+        with (self.directory / _START_LOG).open("wb") as log:
+            # A session of its own: Ctrl-C is for us, who end the server in order.
+            starter = subprocess.Popen(
+                command, cwd=self.directory, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            # Its command line is not readable in the moment in which a process becomes Java.
+            if starter.wait() or not _wait(lambda: self.process() is not None, time.monotonic() + 10):
+                raise ServingError(f"TorchServe did not start: {self._last_words()}")
+        except BaseException:
+            with suppress(ProcessLookupError):
+                os.killpg(starter.pid, signal.SIGKILL)  # also a Java whose number has not been written down yet
+            starter.wait()
+            raise
 
     def _wait_until_ready(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
@@ -304,12 +314,22 @@ def _wait(done: Callable[[], bool], deadline: float) -> bool:
     return is_done
 
 
-def _end(process: psutil.Process, family: list[psutil.Process]) -> None:
-    """Asks the server to end, then makes whatever is left of it."""
-    process.terminate()
+def _workers(process: psutil.Process) -> list[psutil.Process]:
+    """None where the server has ended meanwhile, which ends them as well."""
+    try:
+        return list(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _end(family: list[psutil.Process]) -> None:
+    """Asks the server, the first of its family, to end, then makes whatever is left of it."""
+    with suppress(psutil.NoSuchProcess):
+        family[0].terminate()
     _, alive = psutil.wait_procs(family, timeout=15)
     for each in alive:
-        each.kill()
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
     _, alive = psutil.wait_procs(alive, timeout=5)
     if alive:
         raise ServingError(f"process {alive[0].pid} of the server does not end")

@@ -1,11 +1,18 @@
 """The server's commands by themselves: what they refuse and how they end, without a TorchServe."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
+from handler.__main__ import main
 from handler.server import Server, ServingError, copy_settings
 
 
@@ -44,3 +51,42 @@ def test_the_temporary_directory_of_another_user_is_not_used(stopped: Server, mo
     monkeypatch.setattr(os, "getuid", lambda: another)
     with pytest.raises(ServingError, match="is not this user's own; remove it"):
         stopped.start()
+
+
+def test_a_server_that_ends_while_it_is_stopped_is_stopped(stopped: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    ended = psutil.Process(process.pid)
+    process.communicate(b"\n")
+    monkeypatch.setattr(stopped, "process", lambda: ended)
+    assert stopped.stop(drain_s=0)
+
+
+def test_an_interrupted_command_ends_without_a_traceback(stopped: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "start", interrupt)
+    assert main(["start", "--config", str(stopped.config)]) == 130
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [0.2, 1, 2, 4])
+def test_an_interrupted_start_leaves_nothing(
+    new_server: Callable[[], Server], repository: Path, after_s: float
+) -> None:
+    """While TorchServe's own command runs, Java begins, or workers load."""
+    server = new_server()
+    command = [sys.executable, "-m", "handler", "start", "--config", str(server.config)]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    with subprocess.Popen(command, cwd=server.directory, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while not (server.directory / "logs" / "start.log").exists():
+            assert process.poll() is None
+        time.sleep(after_s)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert process.stderr
+        assert process.stderr.read() == ""
+    running = psutil.process_iter(["cwd", "status"])
+    left = [each for each in running if each.info["cwd"] == str(server.directory) and each.info["status"] != "zombie"]
+    assert left == []
+    assert not server.temporary.exists()
