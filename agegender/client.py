@@ -99,12 +99,14 @@ class Client:
         self._pool.clear()
 
     def _predict(self, item: Item) -> ImageResult:
-        status, answer = self._post(item.data)
-        if _says_old_key(answer) and self._reread_key():
-            status, answer = self._post(item.data)
+        key = self._key or self._read_key()
+        status, answer = self._post(item.data, key)
+        # Compared with the key that was sent: another thread may have read the file already.
+        if _says_old_key(answer) and (newer := self._read_key()) and newer != key:
+            status, answer = self._post(item.data, newer)
         if status == 200:
             return self._result(item, answer)
-        if (error := answer.get("error", {})) and error.get("code") in _IMAGE_ERRORS:
+        if (error := _error(answer)) and error.get("code") in _IMAGE_ERRORS:
             return ImageResult(item.path, error["code"], error["message"])
         if status == 413:
             return ImageResult(item.path, "too_large", f"the server takes no {len(item.data)} bytes; shrink the image")
@@ -117,13 +119,16 @@ class Client:
         except (KeyError, TypeError, ValueError) as error:
             raise ServerError(f"{self.server} gave no answer of this service; check the address") from error
 
-    def _post(self, data: bytes) -> tuple[int, dict[str, Any]]:
+    def _post(self, data: bytes, key: str | None) -> tuple[int, dict[str, Any]]:
         """Status and JSON of one request."""
         # TorchServe passes the query to the model on this path alone.
         url = f"{self.server}/models/agegender/invoke?{self._options}"
+        headers = {"Content-Type": "application/octet-stream"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
         try:
             response = self._pool.request(
-                "POST", url, body=data, headers=self._headers(), timeout=self._timeout, retries=self._retry()
+                "POST", url, body=data, headers=headers, timeout=self._timeout, retries=self._retry()
             )
         except urllib3.exceptions.HTTPError as error:
             raise ServerError(f"{self.server} does not answer ({_reason(error)}); is it running?") from error
@@ -144,23 +149,15 @@ class Client:
             redirect=False,
         )
 
-    def _headers(self) -> dict[str, str]:
-        if self._key is None:
-            self._reread_key()
-        headers = {"Content-Type": "application/octet-stream"}
-        return {**headers, "Authorization": f"Bearer {self._key}"} if self._key else headers
-
-    def _reread_key(self) -> bool:
-        """Whether the file holds another key than the one in use."""
+    def _read_key(self) -> str | None:
+        """The file's key, which is the one in use from now on; None where there is none."""
         if self._key_file is None:
-            return False
+            return None
         try:
-            key = json.loads(self._key_file.read_text())["inference"]["key"]
+            self._key = key = str(json.loads(self._key_file.read_text())["inference"]["key"])
         except (OSError, ValueError, KeyError, TypeError):
-            return False
-        changed = bool(key != self._key)
-        self._key = key
-        return changed
+            return None
+        return key
 
 
 class _NoSecondWait(urllib3.Retry):
@@ -184,6 +181,12 @@ def _says_old_key(answer: Mapping[str, Any]) -> bool:
     return answer.get("type") in ("InvalidKeyException", "TokenAuthorizationException")
 
 
+def _error(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Empty where there is none; KServe and proxies give it as a text."""
+    error = answer.get("error") or {}
+    return error if isinstance(error, dict) else {"message": str(error)[:200]}
+
+
 def _reason(error: Exception) -> str:
     cause = getattr(error, "reason", None) or error
     if isinstance(cause, urllib3.exceptions.ReadTimeoutError):
@@ -196,8 +199,8 @@ def _reason(error: Exception) -> str:
 def _explain(server: str, status: int, answer: Mapping[str, Any]) -> str:
     if _says_old_key(answer):
         return f"{server} refuses the token; give the inference key of its key_file.json"
-    if "error" in answer:
-        return f"{server}: {answer['error'].get('message', status)}"
+    if error := _error(answer):
+        return f"{server}: {error.get('message', status)}"
     if status == 503:
         return f"{server} is too busy or being stopped; try again later"
     return f"{server} answers with status {status}: {str(answer.get('message', 'no reason given'))[:200]}"

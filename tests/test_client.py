@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +22,10 @@ OLD_KEY = {"code": 400, "type": "InvalidKeyException", "message": "Token Authori
 
 @dataclass
 class Script:
-    """A server that gives the next of its answers to each request: status and JSON, `close`, or `silence`."""
+    """A server that gives the next of its answers to each request: status and JSON, `close`, or `silence`.
+
+    An answer that is a function gives one, when the request has arrived.
+    """
 
     answers: list[Any]
     requests: list[tuple[str, str | None, bytes]] = field(default_factory=list)
@@ -61,6 +65,7 @@ def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
             script.requests.append((self.path, self.headers["Authorization"], body))
             script.connections.add(self.client_address)
             answer = script.answers.pop(0)
+            answer = answer() if callable(answer) else answer
             if answer == "close":
                 self.close_connection = True
                 return
@@ -139,6 +144,8 @@ def test_a_slow_answer_is_not_asked_for_again(scripted: Any, connect: Any) -> No
         ((500, {"code": 500, "message": "Worker died."}), r"status 500: Worker died\."),
         ((500, {"error": {"code": "failed", "message": "could not"}}), "could not"),
         ((400, {"error": {"code": "bad_option", "message": "option x"}}), "option x"),
+        ((500, {"error": "model not found"}), "model not found"),
+        ((500, {"error": None}), "status 500"),
         ((400, OLD_KEY), "refuses the token"),
         ((404, b"<html>"), "status 404"),
         ((200, b"<html>"), "no answer of this service"),
@@ -163,6 +170,21 @@ def test_an_old_key_is_read_anew_once(scripted: Any, connect: Any, tmp_path: Pat
     assert [key for _, key, _ in script.requests] == ["Bearer old", "Bearer old", "Bearer new"]
     with pytest.raises(ServerError, match="refuses the token"):
         client.predict([b"3"])
+
+
+def test_threads_that_were_refused_at_once_all_take_the_new_key(scripted: Any, connect: Any, tmp_path: Path) -> None:
+    keys = tmp_path / "key_file.json"
+    keys.write_text(json.dumps({"inference": {"key": "new"}}))
+    both = threading.Barrier(2, timeout=10)
+
+    def refuse_both() -> Any:
+        both.wait()
+        return 400, OLD_KEY
+
+    script = scripted(refuse_both, refuse_both, (200, ANSWER), (200, ANSWER))
+    client = connect(script, key="old", key_file=keys)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda data: client.predict([data]), [b"1", b"2"])) == [[RESULT], [RESULT]]
 
 
 def test_an_image_that_fails_carries_its_error(scripted: Any, connect: Any) -> None:
