@@ -17,7 +17,7 @@ import torch
 from agegender.errors import ModelLoadError
 from agegender.image import Pixels
 
-__all__ = ["DEFAULT_MODEL", "FORMAT_VERSION", "SPEC_FILE", "Model", "ModelSpec", "Predictions"]
+__all__ = ["DEFAULT_MODEL", "FORMAT_VERSION", "SPEC_FILE", "Model", "ModelSpec", "Predictions", "find_device"]
 
 DEFAULT_MODEL: Final = Path("model_store/agegender.pt")
 FORMAT_VERSION: Final = 1
@@ -126,7 +126,7 @@ class Model:
             ModelLoadError: missing, not TorchScript, without description, of another format, or no such device.
         """
         self.path = Path(path)
-        self.device = _device(device)
+        self.device = find_device(device)
         self.sha256 = _sha256(self.path)
         self.spec, self._module = _load(self.path, self.device)
         self._try_out()
@@ -169,7 +169,12 @@ class Model:
             )
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device that is called auto (CUDA where there is one), cpu, cuda or cuda:N.
+
+    Raises:
+        ModelLoadError: there is no such device here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from agegender import Model, ModelSpec
 from agegender.memory import keep_freed_memory
-from agegender.model import FORMAT_VERSION, _device
+from agegender.model import FORMAT_VERSION, find_device
 from training.backbones import FOLDED
 from training.branch import join, parse_backbones
 from training.calibrate import COVERAGE, calibrate
@@ -135,7 +135,7 @@ def _begin(options: TrainOptions, faces: Faces) -> None:
 
 
 def _prepare(options: TrainOptions) -> torch.device:
-    device = _device(options.device)
+    device = find_device(options.device)
     keep_freed_memory()
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
     make_deterministic(options.seed)
