@@ -69,7 +69,8 @@ def show(out: str) -> None:
     if not name:
         return
     try:
-        scores = _load(name, Scores.fingerprint(name))
+        fingerprint = Scores.fingerprint(name)
+        scores = _load(name, fingerprint)
     except (OutputError, OSError, ValueError) as error:
         show_error(error)
         return
@@ -78,7 +79,7 @@ def show(out: str) -> None:
     _show_totals(scores)
     _show_charts(scores)
     st.subheader("Rows", anchor=False)
-    _show_rows(scores)
+    _show_rows(name, fingerprint)
 
 
 @st.cache_resource(max_entries=3, show_spinner="Reading the columns")
@@ -176,8 +177,17 @@ def _frame(counts: dict[str, int]) -> pd.DataFrame:
 
 
 @st.fragment
-def _show_rows(scores: Scores) -> None:
-    """Filters, table, gallery and export; what happens here does not draw the charts anew."""
+def _show_rows(name: str, fingerprint: tuple[Any, ...]) -> None:
+    """Filters, table, gallery and export; what happens here does not draw the charts anew, unless the files changed."""
+    try:
+        if Scores.fingerprint(name) != fingerprint:
+            st.rerun()
+        _show_selected(_load(name, fingerprint))
+    except (OutputError, OSError, ValueError) as error:
+        show_error(error)
+
+
+def _show_selected(scores: Scores) -> None:
     selection = _choose_selection(scores)
     numbers = scores.select(selection)
     if not len(numbers):

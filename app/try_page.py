@@ -98,19 +98,24 @@ def _choose_samples() -> list[Item]:
 
 
 def _views(items: Sequence[Item], engine: Engine) -> list[View]:
-    """What is shown of each photograph; what this session has seen already is not predicted again, nor kept longer."""
+    """What is shown of each photograph; what this session has seen already is not predicted again, nor kept longer.
+
+    Raises:
+        ServerError: the server is out of order; what it answered before is kept.
+    """
     known: dict[str, View] = st.session_state.get(_VIEWS, {})
     keys = [_key(item, engine) for item in items]
     new = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
     views = {key: known[key] for key in keys if key in known}
-    progress = st.progress(0.0) if len(new) > 1 else None
-    for number, (key, item) in enumerate(new.items()):
-        if progress:
-            progress.progress(number / len(new), f"Photograph {number + 1} of {len(new)}")
-        views[key] = View.of(item.data, engine.predictor.predict([item])[0])
-    if progress:
-        progress.empty()
     st.session_state[_VIEWS] = views
+    progress = st.empty()
+    try:
+        for number, (key, item) in enumerate(new.items()):
+            if len(new) > 1:
+                progress.progress(number / len(new), f"Photograph {number + 1} of {len(new)}")
+            views[key] = View.of(item.data, engine.predictor.predict([item])[0])
+    finally:
+        progress.empty()
     return [views[key] for key in keys]
 
 

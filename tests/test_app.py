@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFilter
 
-from agegender import FacePrediction, ImageResult, Item, Predictor, decode_image
+from agegender import FacePrediction, ImageResult, Item, Predictor, ServerError, decode_image
 from agegender.draw import cut_face
 from agegender.records import arrow_schema, arrow_table
 from batch.errors import OutputError
@@ -155,6 +155,25 @@ class TestTryIt:
             assert len(ages(give(app, ("grace.jpg", grace_hopper)))) == 1
         assert len(app.session_state["views"]) == 1
 
+    def test_what_was_predicted_before_a_failure_is_kept(
+        self, start: Start, group_jpeg: bytes, grace_hopper: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        app = start()
+        asked, predict = [], Predictor.predict
+
+        def fail_once(self: Predictor, items: list[Item]) -> list[ImageResult]:
+            asked.append(items[0].path)
+            if len(asked) == 2:
+                raise ServerError("the server is out of order")
+            return predict(self, items)
+
+        monkeypatch.setattr(Predictor, "predict", fail_once)
+        give(app, ("group.jpg", group_jpeg), ("grace.jpg", grace_hopper))
+        assert shown(app.error) == ["The server is out of order."]
+        assert not app.get("progress")
+        assert len(ages(app.run())) == 3
+        assert asked == ["group.jpg", "grace.jpg", "grace.jpg"]
+
     def test_sessions_do_not_see_each_other(self, start: Start, group_jpeg: bytes, grace_hopper: bytes) -> None:
         one, other = start(), start()
         give(one, ("group.jpg", group_jpeg))
@@ -245,6 +264,32 @@ class TestResults:
         assert list(app.dataframe[0].value["file"]) == ["grace.jpg"]
         app.text_input(key="path_part").set_value("nowhere").run()
         assert "No row" in app.info[0].value
+
+    @pytest.mark.parametrize("rewritten", [True, False])
+    def test_files_that_change_under_the_page(
+        self,
+        results_page: Callable[[Path], AppTest],
+        out: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        rewritten: bool,
+    ) -> None:
+        """The rows are read anew with each filter; the page has been drawn by then."""
+
+        def change(_: Scores) -> None:
+            for file in out.glob("*.parquet"):
+                file.unlink()
+            if rewritten:
+                pq.write_table(arrow_table([ImageResult("a.png", "ok", None, 200, 200, (FACE,))]), out / "b.parquet")
+                monkeypatch.undo()
+
+        monkeypatch.setattr("app.results_page._show_charts", change)
+        app = results_page(out)
+        assert not app.exception
+        if rewritten:
+            assert list(app.dataframe[0].value["path"]) == ["a.png"]
+            assert {metric.label: metric.value for metric in app.metric}["Images"] == "1"
+        else:
+            assert "holds no Parquet files" in shown(app.error)[0]
 
     def test_bin_width(self, results_page: Callable[[Path], AppTest], out: Path) -> None:
         app = results_page(out)
