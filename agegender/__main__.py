@@ -10,6 +10,7 @@ from typing import Any
 
 from agegender import AgeGenderError, ImageResult, Item, Predictor, ServerError, decode_image
 from agegender.client import DEFAULT_KEY_FILE, Client
+from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE
 from agegender.draw import annotate
 from agegender.image import quiet_pillow
 from agegender.memory import keep_freed_memory
@@ -55,8 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="one JSON object per photo and line, instead of a table")
     parser.add_argument("--draw", type=Path, metavar="DIR", help="write annotated copies there, as NAME-faces.png")
     parser.add_argument("--faces", choices=("detect", "whole"), default="detect", help="whole: each photo is one face")
-    parser.add_argument("--min-score", type=float, default=0.6, help="least detector score, 0 to 1 (default 0.6)")
-    parser.add_argument("--max-faces", type=int, default=100, help="most faces per photo (default 100)")
+    parser.add_argument(
+        "--min-score", type=float, default=DEFAULT_MIN_SCORE, help="least detector score, 0 to 1 (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-faces", type=int, default=DEFAULT_MAX_FACES, help="most faces per photo (default %(default)s)"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--model", default=DEFAULT_MODEL, help=f"the artifact (default {DEFAULT_MODEL})")
     where.add_argument("--server", metavar="URL", help="let a running server predict, such as http://127.0.0.1:8080")

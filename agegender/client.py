@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 import urllib3
 from urllib3.connectionpool import ConnectionPool
 
+from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE
 from agegender.errors import ServerError
 from agegender.predictor import FacesMode
 from agegender.records import from_json
@@ -43,8 +44,8 @@ class Client:
         server: str = DEFAULT_SERVER,
         *,
         faces: FacesMode = "detect",
-        min_score: float = 0.6,
-        max_faces: int = 100,
+        min_score: float = DEFAULT_MIN_SCORE,
+        max_faces: int = DEFAULT_MAX_FACES,
         key: str | None = None,
         key_file: Path | None = DEFAULT_KEY_FILE,
         connect_timeout_s: float = 3.0,

@@ -14,11 +14,14 @@ import numpy.typing as npt
 from agegender.errors import ModelLoadError
 from agegender.image import Pixels
 
-__all__ = ["DETECTOR_SIDE_PX", "Face", "FaceDetector", "detector_weights"]
+__all__ = ["DEFAULT_MAX_FACES", "DEFAULT_MIN_SCORE", "DETECTOR_SIDE_PX", "Face", "FaceDetector", "detector_weights"]
 
 # The longer side of what the detector sees; larger images are shrunk to it, smaller ones are taken as they are. It is
 # one number for training and inference alike, since landmarks move by about a pixel with the detector's input size.
 DETECTOR_SIDE_PX: Final = 640
+
+DEFAULT_MIN_SCORE: Final = 0.6
+DEFAULT_MAX_FACES: Final = 100
 
 # YuNet was made for faces of about 10 to 300 px (OpenCV's FaceDetectorYN documentation). Larger ones are found in a
 # second, small look at the same image.
@@ -87,7 +90,13 @@ def _checked(weights: bytes, name: str) -> bytes:
 class FaceDetector:
     """Finds the faces of an image. Safe to share between threads: each has its own network."""
 
-    def __init__(self, *, min_score: float = 0.6, max_faces: int = 100, weights: bytes | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        min_score: float = DEFAULT_MIN_SCORE,
+        max_faces: int = DEFAULT_MAX_FACES,
+        weights: bytes | None = None,
+    ) -> None:
         """Checks the weights; each thread loads them with its first image.
 
         Args:

@@ -8,14 +8,9 @@ from PIL import Image, ImageDraw, ImageFont
 from agegender.image import Pixels
 from agegender.result import Box, FacePrediction, ImageResult
 
-__all__ = ["annotate", "caption", "cut_face"]
+__all__ = ["annotate", "cut_face"]
 
 _COLOURS: Final = {"male": "#2f6fed", "female": "#c2347e"}
-
-
-def caption(face: FacePrediction) -> str:
-    """One line for people, such as `female 98%, 34 years (28-41)`."""
-    return f"{face.gender} {face.gender_probability:.0%}, {face.age:.0f} years ({face.age_low:.0f}-{face.age_high:.0f})"
 
 
 def annotate(pixels: Pixels, result: ImageResult) -> Image.Image:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from agegender.chips import cut_chip
-from agegender.detector import DETECTOR_SIDE_PX, Face, FaceDetector
+from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE, DETECTOR_SIDE_PX, Face, FaceDetector
 from agegender.errors import AgeGenderError
 from agegender.image import DEFAULT_MAX_PIXELS, Pixels, read_header
 from agegender.model import DEFAULT_MODEL, Model
@@ -50,8 +50,8 @@ class Predictor:
         model: str | Path | Model = DEFAULT_MODEL,
         *,
         faces: FacesMode = "detect",
-        min_score: float = 0.6,
-        max_faces: int = 100,
+        min_score: float = DEFAULT_MIN_SCORE,
+        max_faces: int = DEFAULT_MAX_FACES,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         batch_size: int = DEFAULT_BATCH_SIZE,
         device: str = "auto",

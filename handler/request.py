@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from agegender import AgeGenderError, Item
+from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE
 from agegender.image import read_header
 from agegender.predictor import FacesMode
 
@@ -52,8 +53,8 @@ class Options:
     """
 
     faces: FacesMode = "detect"
-    min_score: float = 0.6
-    max_faces: int = 100
+    min_score: float = DEFAULT_MIN_SCORE
+    max_faces: int = DEFAULT_MAX_FACES
     require_face: bool = False
 
     @classmethod

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from agegender import FacePrediction, ImageResult
-from agegender.draw import annotate, caption
+from agegender.draw import annotate
 
 
 def face(box, gender="female", index=0):
@@ -19,10 +19,6 @@ def drawn(shape, *boxes, gender="female"):
     assert image.shape == pixels.shape
     assert (pixels == 128).all(), "the input is left as it was"
     return (image != 128).any(axis=2)
-
-
-def test_the_caption_says_all_of_it():
-    assert caption(face((0, 0, 1, 1))) == "female 98%, 34 years (28-41)"
 
 
 def test_the_box_is_drawn_where_it_is():
