@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cv2
@@ -376,7 +377,8 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_weights(options: TrainOptio
     assert killed_weights == weights, f"killed {after_s:.2f} s after the first checkpoint"
 
 
-def test_all_workers_lose_patience_together(options: TrainOptions) -> None:
+def test_all_workers_lose_patience_together(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))  # which each worker would run first
     faces = load_faces(options)
     targets = label_targets(*_labels(faces.samples["train"]))
     patient = replace(options, epochs=3, patience=1)
