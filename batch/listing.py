@@ -6,6 +6,7 @@ digest of every name; see docs/batch.md for the figures.
 
 import glob
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -194,9 +195,11 @@ def block_size(first_id: int) -> int:
     """How many inputs form the block that starts at `first_id`.
 
     A block is the unit of work, of a checkpoint and of what a crash repeats. Small ones first, so that a dozen
-    photographs still spread over the cores; larger ones later, so that the engine's cost per block vanishes.
+    photographs still spread over the cores; larger ones later, so that the engine's cost per block vanishes. That cost
+    falls with the size of the blocks, the wait for the last block grows with it, and their sum is least where blocks
+    grow as the root of the number of inputs.
     """
-    return min(1024, max(8, first_id // 16))
+    return min(1024, max(8, 4 * math.isqrt(first_id)))
 
 
 def blocks_of(inputs: Iterable[Input], *, first_id: int = 0) -> Iterator[pa.Table]:
