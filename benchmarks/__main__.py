@@ -8,7 +8,6 @@ fails, the page says so, and the next one runs.
 import argparse
 import hashlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from benchmarks.environment import make_environment
 from benchmarks.peer import PEER
 from benchmarks.plots import PLOTS, draw
 
+_LOOKED_S: Final = 3
 FOLDERS: Final = ("--data-dir", "--photos-dir")  # whose names are this machine's
 VERSIONS: Final = ("torch", "opencv-python-headless", "pillow", "numpy", "pyarrow", "ray", "torchserve", "streamlit")
 
@@ -122,7 +122,7 @@ def _run(name: str, script: Script, options: argparse.Namespace) -> bool:
     hidden = ["--markdown", str(kept["md"]), "--json", str(kept["json"])]
     if options.peer_python and "peer_python" in script.takes:
         hidden += ["--peer-python", str(options.peer_python)]
-    busy, started = os.getloadavg()[0] / (psutil.cpu_count() or 1), time.monotonic()
+    busy, started = psutil.cpu_percent(interval=_LOOKED_S) / 100, time.monotonic()
     with kept["out"].open("w") as out, kept["log"].open("w") as log:
         code = subprocess.run([sys.executable, *call, *hidden], stdout=out, stderr=log).returncode
     shown = [f"path/to/{Path(part).name}" if before in FOLDERS else part for before, part in pairwise(["", *call])]
@@ -211,8 +211,10 @@ def _now() -> str:
     return f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"
 
 
-def _busy(load: float) -> str:
-    return f"load at its start {load:.1f} a core" + ("; **other programs were running**" if load > 0.5 else "")
+def _busy(share: float) -> str:
+    return f"{share:.0%} of the processors busy at its start" + (
+        "; **other programs were running**" if share > 0.2 else ""
+    )
 
 
 def _last_line(log: Path) -> str:
