@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from agegender.records import arrow_schema
-from batch.errors import OutputError
+from batch.errors import OutputError, first_line
 from batch.location import normalize
 from batch.output import Output
 
@@ -190,7 +190,7 @@ def _open(output: Output) -> ds.Dataset:
     try:
         dataset = ds.dataset(paths, format="parquet", filesystem=output.filesystem)
     except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"{output.name} holds a damaged Parquet file: {_reason(error)}") from error
+        raise OutputError(f"{output.name} holds a damaged Parquet file: {first_line(error)}") from error
     missing = [name for name in arrow_schema().names if name not in dataset.schema.names]
     if missing:
         raise OutputError(f"{output.name} holds Parquet of something else: it has no column {missing[0]}")
@@ -201,12 +201,7 @@ def _read(dataset: ds.Dataset, columns: list[str]) -> pa.Table:
     try:
         return dataset.to_table(columns=columns).combine_chunks()
     except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"a Parquet file is damaged: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """The first line of the error's text; Arrow's has more, of its own source."""
-    return str(error).partition("\n")[0]
+        raise OutputError(f"a Parquet file is damaged: {first_line(error)}") from error
 
 
 def _counts(column: pa.ChunkedArray) -> dict[Any, int]:

@@ -30,6 +30,15 @@ _STUCK_S: Final = 300
 _TALLY_S: Final = 5
 
 
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        raise JobError(_explain(error)) from error
+
+
+@_explained()
 def score_manifest(
     output: Output,
     options: ScoreOptions,
@@ -50,19 +59,6 @@ def score_manifest(
     Raises:
         JobError: the job cannot go on.
     """
-    try:
-        _run_pipeline(output, options, model, resources, on_progress)
-    except ray.exceptions.RayError as error:
-        raise JobError(_explain(error)) from error
-
-
-def _run_pipeline(
-    output: Output,
-    options: ScoreOptions,
-    model: bytes,
-    resources: Resources,
-    on_progress: Callable[[BlockReport], None],
-) -> None:
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lives as long as we do
     lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
     tally = _RemoteTally(lasting(Tally).remote())

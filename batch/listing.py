@@ -119,12 +119,13 @@ class Listing:
             raise SourceError(f"{pattern} is no pattern: {first_line(error)}") from error
 
     def _match(self, path: bytes) -> Iterator[Input]:
+        inside = self.skip is not None and (path + b"/").startswith(decode_path(self.skip) + b"/")
         if not os.path.isdir(path):
-            if self.skip is None or not path.startswith(decode_path(self.skip) + b"/"):
+            if not inside:
                 yield Input(encode_path(path))
         elif os.path.islink(path) and not self.follow_links:
             self.excluded["link to a directory"] += 1
-        elif self.skip is not None and (path + b"/").startswith(decode_path(self.skip) + b"/"):
+        elif inside:
             self.excluded["directory that was reached before, or the output itself"] += 1
         else:
             yield from self._walk(path)

@@ -35,14 +35,13 @@ from benchmarks.outputs import add_output_options, write_outputs
 from benchmarks.peer import PEER
 from training.data import MAX_AGE_YEARS, Sample, scan
 from training.dataset import read_splits, splits_path
-from training.metrics import Figure
+from training.metrics import Figure, resamples
 
 Floats = npt.NDArray[np.float64]
 
 GROUPS: Final = {"all ages": (0, MAX_AGE_YEARS), "13 and above": (13, MAX_AGE_YEARS), "21-60": (21, 60)}
 GENDERS: Final = {"male": 0.0, "female": 1.0}
 OURS: Final = "ours"
-RESAMPLES: Final = 1000
 
 
 @dataclass(frozen=True)
@@ -219,11 +218,11 @@ def _compare(test: Sequence[Sample], answers: dict[str, Answers], guess: Answers
 
 
 def _resamples(inside: npt.NDArray[np.bool_]) -> Floats:
-    """(1 + RESAMPLES, N) weights: the pictures themselves, then the draws with replacement of `training.metrics`."""
-    count = int(inside.sum())
-    weights = np.zeros((1 + RESAMPLES, len(inside)))
+    """(1 + B, N) weights: the pictures themselves, then their resamples."""
+    draws = resamples(int(inside.sum()))
+    weights = np.zeros((1 + len(draws), len(inside)))
     weights[0, inside] = 1
-    weights[1:, inside] = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), RESAMPLES)
+    weights[1:, inside] = draws
     return weights
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from agegender.model import Predictions
 from training.data import Labels
 
-__all__ = ["AGE_BANDS", "METRICS", "RACES", "Figure", "Scored", "measure", "measure_groups"]
+__all__ = ["AGE_BANDS", "METRICS", "RACES", "Figure", "Scored", "measure", "measure_groups", "resamples"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -135,6 +135,11 @@ METRICS: Final[Mapping[str, Metric]] = {
 }
 
 
+def resamples(count: int) -> Floats:
+    """(B, count) how often each of so many pictures is drawn, with replacement, in each resample of the bootstrap."""
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), _RESAMPLES).astype(float)
+
+
 def measure(scored: Scored) -> dict[str, Figure]:
     """Every metric that is defined for these pictures.
 
@@ -144,7 +149,7 @@ def measure(scored: Scored) -> dict[str, Figure]:
     if len(scored) == 0:
         raise ValueError("there are no pictures to measure")
     count = len(scored)
-    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), _RESAMPLES).astype(float)
+    weights = resamples(count)
     figures = {}
     for name, metric in METRICS.items():
         value = float(metric(scored, np.ones((1, count)))[0])
