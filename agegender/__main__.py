@@ -6,16 +6,19 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from agegender import AgeGenderError, ImageResult, Item, Predictor, ServerError, decode_image
+from agegender import AgeGenderError, ImageResult, Item, ServerError, decode_image
 from agegender.client import DEFAULT_KEY_FILE, Client
 from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE
 from agegender.draw import annotate
 from agegender.image import quiet_pillow
 from agegender.memory import keep_freed_memory
-from agegender.model import DEFAULT_MODEL
 from agegender.records import to_json
+from agegender.spec import DEFAULT_MODEL
+
+if TYPE_CHECKING:
+    from agegender import Predictor
 
 __all__ = ["main"]
 
@@ -70,14 +73,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _predictor(options: argparse.Namespace) -> Predictor | Client:
+def _predictor(options: argparse.Namespace) -> "Predictor | Client":
     chosen: dict[str, Any] = {"faces": options.faces, "min_score": options.min_score, "max_faces": options.max_faces}
     if options.server:
         return Client(options.server, key_file=options.key_file, **chosen)
+    from agegender import Predictor  # which imports torch; a server has its own
+
     return Predictor(options.model, device=options.device, **chosen)
 
 
-def _run(predictor: Predictor | Client, options: argparse.Namespace) -> int:
+def _run(predictor: "Predictor | Client", options: argparse.Namespace) -> int:
     exit_code, drawn = 0, set[Path]()
     if not options.json:
         print(_COLUMNS.format("photo", "face", "age", "90% from", "gender", "prob", "score"))
@@ -92,7 +97,7 @@ def _run(predictor: Predictor | Client, options: argparse.Namespace) -> int:
     return exit_code
 
 
-def _results(predictor: Predictor | Client, paths: Sequence[str]) -> Iterator[tuple[str, ImageResult]]:
+def _results(predictor: "Predictor | Client", paths: Sequence[str]) -> Iterator[tuple[str, ImageResult]]:
     """Photo by photo, so that the first line appears at once."""
     for path in paths:
         try:

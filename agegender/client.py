@@ -16,9 +16,8 @@ from urllib3.connectionpool import ConnectionPool
 
 from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE
 from agegender.errors import ServerError
-from agegender.predictor import FacesMode
 from agegender.records import from_json
-from agegender.result import ImageResult, Item, as_items
+from agegender.result import FacesMode, ImageResult, Item, as_items
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -1,14 +1,13 @@
-"""chips -> predictions: the TorchScript artifact and the description that travels inside it.
+"""chips -> predictions: the TorchScript artifact.
 
 Every call of torch.jit outside `training.export` is in this file, so that torch.export can take its place in one edit.
 """
 
 import hashlib
-import json
+import io
 import warnings
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,84 +15,11 @@ import torch
 
 from agegender.errors import ModelLoadError
 from agegender.image import Pixels
+from agegender.spec import DEFAULT_MODEL, FORMAT_VERSION, read_artifact
 
-__all__ = ["DEFAULT_MODEL", "FORMAT_VERSION", "SPEC_FILE", "Model", "ModelSpec", "Predictions", "find_device"]
-
-DEFAULT_MODEL: Final = Path("model_store/agegender.pt")
-FORMAT_VERSION: Final = 1
-SPEC_FILE: Final = "spec.json"
+__all__ = ["Model", "Predictions", "find_device"]
 
 Floats = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """What an artifact says of itself.
-
-    Attributes:
-        format_version: version of the artifact's interface; this package reads `FORMAT_VERSION`.
-        name: name of the model.
-        version: version of the weights.
-        chip_size_px: side of the chips that it takes.
-        chip_margin: margin that its chips were cut with, see `cut_chip`.
-        labels: names of the two gender classes, in the order of the logits.
-        coverage: nominal coverage of the age interval, 0 to 1.
-        backbone: name of the network.
-        training_data: name of the data that it was trained on.
-        licence: licence of the weights, as the data allow.
-        metrics: figures on the test split, by name.
-        commit: commit of the code that made it.
-        options: resolved options of the training run.
-    """
-
-    format_version: int
-    name: str
-    version: str
-    chip_size_px: int
-    chip_margin: float
-    labels: tuple[str, str]
-    coverage: float
-    backbone: str
-    training_data: str
-    licence: str
-    metrics: dict[str, float] = field(default_factory=dict)
-    commit: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.chip_size_px, int) or self.chip_size_px < 1:
-            raise ValueError(f"chip_size_px must be a whole number of pixels, not {self.chip_size_px!r}")
-        if not 0 <= self.chip_margin < 10:
-            raise ValueError(f"chip_margin must lie between 0 and 10, not {self.chip_margin!r}")
-        if len(self.labels) != 2 or not all(isinstance(label, str) for label in self.labels):
-            raise ValueError(f"labels must be two names, not {self.labels!r}")
-        if not 0 < self.coverage < 1:
-            raise ValueError(f"coverage must lie between 0 and 1, not {self.coverage!r}")
-
-    def to_json(self) -> str:
-        """The text of `SPEC_FILE`."""
-        return json.dumps(asdict(self), indent=1, default=str)
-
-    @classmethod
-    def from_json(cls, text: str) -> "ModelSpec":
-        """Reads `SPEC_FILE`.
-
-        Raises:
-            ModelLoadError: not a description, or one of another format version.
-        """
-        try:
-            values = json.loads(text)
-            version = values.get("format_version")
-            if version != FORMAT_VERSION:
-                raise ModelLoadError(
-                    f"the model has format version {version}, this package reads {FORMAT_VERSION}; "
-                    "retrain it with `make train` or install the matching version of agegender"
-                )
-            known = {each.name for each in fields(cls)}
-            values["labels"] = tuple(values.get("labels", ()))
-            return cls(**{name: value for name, value in values.items() if name in known})
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ModelLoadError(f"the model's {SPEC_FILE} is damaged: {error}") from error
 
 
 class Predictions(NamedTuple):
@@ -127,8 +53,9 @@ class Model:
         """
         self.path = Path(path)
         self.device = find_device(device)
-        self.sha256 = _sha256(self.path)
-        self.spec, self._module = _load(self.path, self.device)
+        self.spec, artifact = read_artifact(self.path)
+        self.sha256 = hashlib.sha256(artifact).hexdigest()
+        self._module = self._load(artifact)
         self._try_out()
 
     def predict(self, chips: Pixels) -> Predictions:
@@ -148,11 +75,23 @@ class Model:
             return Predictions(nothing, nothing, nothing, np.empty((0, 2), np.float32))
         own = np.require(chips, requirements=["C", "W"])  # torch warns of memory that it could not write to
         batch = torch.from_numpy(own).permute(0, 3, 1, 2)  # channels_last without a copy
-        with torch.inference_mode():
+        # What TorchScript could fuse, it fuses on CUDA only; elsewhere its search for that is seconds for nothing.
+        with torch.inference_mode(), torch.jit.optimized_execution(self.device.type == "cuda"):
             output = self._module(batch.to(self.device))
             probs = output.gender_logits.softmax(dim=1)
             values = [each.cpu().numpy() for each in (output.age, output.age_low, output.age_high, probs)]
         return Predictions(*values)
+
+    def _load(self, artifact: bytes) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and still runs it
+                _hear_out_quantization()
+                # First to the CPU: 8-bit weights can be unpacked nowhere else, and only the others move on.
+                module = torch.jit.load(io.BytesIO(artifact), map_location="cpu")  # type: ignore[no-untyped-call]
+                return torch.jit.freeze(module.to(self.device).eval())
+        except RuntimeError as error:
+            raise ModelLoadError(f"{self.path} is not a TorchScript file that this torch can load") from error
 
     def _try_out(self) -> None:
         side = self.spec.chip_size_px
@@ -188,29 +127,6 @@ def find_device(name: str) -> torch.device:
             f"device {name} was asked for, but torch finds {count} CUDA devices; take cpu or another one"
         )
     return device
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ModelLoadError(f"cannot read the model {path}: {error.strerror}; train one with `make train`") from error
-
-
-def _load(path: Path, device: torch.device) -> tuple[ModelSpec, Any]:
-    extra = {SPEC_FILE: ""}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and still runs it
-            _hear_out_quantization()
-            # First to the CPU: 8-bit weights can be unpacked nowhere else, and only the others move on.
-            module = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)  # type: ignore[no-untyped-call]
-            if not extra[SPEC_FILE]:
-                raise ModelLoadError(f"{path} holds no {SPEC_FILE}: it was not made by `make train`")
-            spec = ModelSpec.from_json(extra[SPEC_FILE])
-            return spec, torch.jit.freeze(module.to(device).eval())
-    except RuntimeError as error:
-        raise ModelLoadError(f"{path} is not a TorchScript file that this torch can load") from error
 
 
 def _hear_out_quantization() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import cv2
 import numpy as np
@@ -16,14 +16,13 @@ from agegender.chips import cut_chip
 from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE, DETECTOR_SIDE_PX, Face, FaceDetector
 from agegender.errors import AgeGenderError
 from agegender.image import DEFAULT_MAX_PIXELS, Pixels, read_header
-from agegender.model import DEFAULT_MODEL, Model
-from agegender.result import Box, FacePrediction, ImageResult, Item, as_items
+from agegender.model import Model
+from agegender.result import Box, FacePrediction, FacesMode, ImageResult, Item, as_items
+from agegender.spec import DEFAULT_MODEL
 
-__all__ = ["DEFAULT_BATCH_SIZE", "FacesMode", "Predictor"]
+__all__ = ["DEFAULT_BATCH_SIZE", "Predictor"]
 
 DEFAULT_BATCH_SIZE: Final = 16  # chips; what more of them need does not fit the caches of a CPU
-
-FacesMode = Literal["detect", "whole"]
 
 # A reduced JPEG keeps twice the detector's resolution, so that a face of the smallest size that fills a chip sharply
 # still does.

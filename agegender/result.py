@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from agegender.errors import AgeGenderError, ImageTooLargeError
 
-__all__ = ["Box", "FacePrediction", "ImageResult", "Item", "as_items"]
+__all__ = ["Box", "FacePrediction", "FacesMode", "ImageResult", "Item", "as_items"]
 
 Box = tuple[float, float, float, float]
+
+FacesMode = Literal["detect", "whole"]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ except ModuleNotFoundError as error:
     st.stop()
 
 from agegender.image import quiet_pillow
-from agegender.model import DEFAULT_MODEL
+from agegender.spec import DEFAULT_MODEL
 
 _ICON = Path(__file__).with_name("icon.svg")
 

@@ -6,16 +6,19 @@ names to its records, so what holds for checkpoints and order holds here.
 
 import random
 import tempfile
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import ray
 
-from agegender import Model, ModelSpec
+from agegender import ModelSpec
 from agegender.image import Pixels
 from agegender.memory import keep_freed_memory
-from agegender.model import Predictions
 from batch.errors import JobError
 from batch.request import Resources
+
+if TYPE_CHECKING:
+    from agegender import Model
+    from agegender.model import Predictions
 
 __all__ = ["BATCH_SIZE", "RemoteModel", "start_models"]
 
@@ -33,7 +36,7 @@ class _ModelProcess:
     def spec(self) -> ModelSpec:
         return self._model.spec
 
-    def predict(self, chips: Pixels) -> Predictions:
+    def predict(self, chips: Pixels) -> "Predictions":
         return self._model.predict(chips)
 
 
@@ -49,7 +52,7 @@ class RemoteModel:
         self._processes = processes
         self.spec: ModelSpec = ray.get(random.choice(processes).spec.remote())
 
-    def predict(self, chips: Pixels) -> Predictions:
+    def predict(self, chips: Pixels) -> "Predictions":
         """See `Model.predict`."""
         predictions: Predictions = ray.get(random.choice(self._processes).predict.remote(chips))
         return predictions
@@ -70,8 +73,10 @@ def start_models(model: bytes, resources: Resources) -> list[Any]:
     return [actor.remote(reference, resources.device) for _ in range(resources.gpus)]
 
 
-def load_model(model: bytes, *, device: str) -> Model:
+def load_model(model: bytes, *, device: str) -> "Model":
     """The model in the artifact's bytes, which travel with the job so that no node needs the file."""
+    from agegender import Model  # here, for the driver has no use for torch
+
     with tempfile.NamedTemporaryFile(suffix=".pt") as file:
         file.write(model)
         file.flush()

@@ -157,7 +157,8 @@ def _explain(error: Exception) -> str:
     for cause in causes:
         if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             return "the disk is full; free some space"
-    return f"the engine stopped: {_last_line(causes[-1])}"
+    telling = [cause for cause in causes if str(cause).strip()] or causes
+    return f"the engine stopped: {_last_line(telling[-1])}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -35,6 +35,20 @@ class ScoreOptions:
     max_pixels: int = 100_000_000
     max_bytes: int = 512_000_000
 
+    def check(self) -> None:
+        """Raises what `Predictor` would raise for these options, in a process without torch.
+
+        Raises:
+            ModelLoadError: the detector's weights cannot be used.
+            ValueError: an option is out of its range.
+        """
+        from agegender import FaceDetector
+
+        if self.max_pixels < 1:
+            raise ValueError("max_pixels must be at least 1")
+        if self.faces == "detect":
+            FaceDetector(min_score=self.min_score, max_faces=self.max_faces)
+
     def predictor(self, model: Any, **arguments: Any) -> "Predictor":
         """The chain with these options, and more arguments of `Predictor`."""
         from agegender import Predictor  # takes a second, in which others can look at the call

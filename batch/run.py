@@ -24,8 +24,8 @@ from batch.progress import BlockReport, Progress, bad_count
 from batch.request import Request, same_command
 from batch.summary import bad_text, summary_text
 
-# What takes seconds to import (torch, Ray) is imported where it is needed: a wrong call is answered before, and torch
-# is imported while Ray starts.
+# What takes seconds to import is imported where it is needed: a wrong call is answered before. This process has no use
+# for torch at all; those that score import it.
 
 __all__ = ["run_batch"]
 
@@ -84,22 +84,20 @@ def _engine(request: Request, output: Output, aside: Executor) -> contextlib.Abs
 
 
 def _identify(request: Request, listing: Listing) -> tuple[Run, bytes]:
-    """What the run is, but for its inputs; loads the chain once, to fail before anything has begun."""
+    """What the run is, but for its inputs; looks at model and options, to fail before anything has begun."""
     from agegender import AgeGenderError
+    from agegender.spec import read_artifact
 
     try:
-        chain = request.options.predictor(request.model, device="cpu").model
+        spec, model = read_artifact(request.model)
+        request.options.check()
     except (AgeGenderError, ValueError) as error:
         raise RequestError(str(error)) from error
-    with open(request.model, "rb") as file:
-        model = file.read()
-    if hashlib.sha256(model).hexdigest() != chain.sha256:
-        raise OutputError(f"the model {request.model} is being written to; try again when it is complete")
     run = Run(
         id=secrets.token_hex(4),
         created=now(),
         version=f"{version('agegender')}+{_code_digest()}",
-        model={"name": chain.spec.name, "version": chain.spec.version, "sha256": chain.sha256},
+        model={"name": spec.name, "version": spec.version, "sha256": hashlib.sha256(model).hexdigest()},
         options={**asdict(request.options), "follow_links": request.follow_links, "gpus": _gpus(request)},
         sources=list(listing.sources),
         inputs=0,

@@ -3,19 +3,21 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
 
-from agegender import AgeGenderError, ImageResult, Item, Predictor
+from agegender import AgeGenderError, ImageResult, Item
 from agegender.image import quiet_pillow
 from agegender.memory import keep_freed_memory
-from agegender.predictor import DEFAULT_BATCH_SIZE
 from agegender.records import arrow_schema, to_rows
 from batch.gpu import BATCH_SIZE, RemoteModel, load_model
 from batch.location import FileTooLargeError, read_bytes
 from batch.progress import BlockReport, Listener
 from batch.request import ScoreOptions
+
+if TYPE_CHECKING:
+    from agegender import Predictor
 
 __all__ = ["BLOCK_SCHEMA", "Scorer", "score"]
 
@@ -45,11 +47,9 @@ class Scorer:
         self._report = BlockReport()
         self._input_s: dict[str, float] = {}
         self._input = ""
+        remote = {"model": RemoteModel(list(models)), "batch_size": BATCH_SIZE} if models else {}
         self._predictor = options.predictor(
-            RemoteModel(list(models)) if models else load_model(model, device="cpu"),
-            batch_size=BATCH_SIZE if models else DEFAULT_BATCH_SIZE,
-            threads=1,
-            on_stage=self._on_stage,
+            **(remote or {"model": load_model(model, device="cpu")}), threads=1, on_stage=self._on_stage
         )
 
     def __call__(self, blocks: pa.Table) -> pa.Table:
@@ -93,7 +93,7 @@ class Scorer:
 
 
 def score(
-    predictor: Predictor, paths: Sequence[str], errors: Sequence[str | None], read: Callable[[str], bytes]
+    predictor: "Predictor", paths: Sequence[str], errors: Sequence[str | None], read: Callable[[str], bytes]
 ) -> Iterator[ImageResult]:
     """Names -> results, one for each and in order; a file that cannot be read has a result too.
 

@@ -25,7 +25,7 @@ import psutil
 import torch
 
 from agegender import Model
-from agegender.model import DEFAULT_MODEL
+from agegender.spec import DEFAULT_MODEL
 from benchmarks.environment import make_environment
 from benchmarks.peer import PEER
 from benchmarks.plots import PLOTS, draw

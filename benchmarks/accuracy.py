@@ -29,7 +29,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from agegender import ImageResult, Item, Predictor
-from agegender.model import DEFAULT_MODEL
+from agegender.spec import DEFAULT_MODEL
 from benchmarks.environment import make_environment
 from benchmarks.outputs import add_output_options, write_outputs
 from benchmarks.peer import PEER

@@ -18,8 +18,8 @@ from typing import Final
 
 from agegender import Item, Predictor
 from agegender.memory import keep_freed_memory
-from agegender.model import DEFAULT_MODEL
-from agegender.predictor import FacesMode
+from agegender.result import FacesMode
+from agegender.spec import DEFAULT_MODEL
 from benchmarks.images import PHOTOGRAPHS, add_image_options, make_images
 from benchmarks.outputs import add_output_options, write_outputs
 

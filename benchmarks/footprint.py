@@ -21,7 +21,7 @@ from typing import Final
 
 import psutil
 
-from agegender.model import DEFAULT_MODEL
+from agegender.spec import DEFAULT_MODEL
 from benchmarks.environment import make_environment
 from benchmarks.images import add_photos_option, make_images
 from benchmarks.outputs import add_output_options, write_outputs

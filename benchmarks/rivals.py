@@ -14,8 +14,8 @@ from fastapi.concurrency import run_in_threadpool
 
 from agegender import ImageResult, Predictor
 from agegender.memory import keep_freed_memory
-from agegender.model import DEFAULT_MODEL
 from agegender.records import to_json
+from agegender.spec import DEFAULT_MODEL
 
 
 @cache

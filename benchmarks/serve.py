@@ -41,7 +41,7 @@ from PIL import Image
 
 from agegender import Predictor
 from agegender.memory import keep_freed_memory
-from agegender.model import DEFAULT_MODEL
+from agegender.spec import DEFAULT_MODEL
 from benchmarks.environment import make_environment
 from benchmarks.outputs import add_output_options, write_outputs
 from handler.archive import build_archive

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _archive(model: Path | None, target: Path | None) -> int:
     from agegender import AgeGenderError  # here, since torch is no small thing to load for a probe
-    from agegender.model import DEFAULT_MODEL
+    from agegender.spec import DEFAULT_MODEL
     from handler.archive import ARCHIVE, build_archive
 
     target = target or ARCHIVE

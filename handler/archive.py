@@ -9,7 +9,7 @@ from typing import Final
 import agegender
 from agegender import Model
 from agegender.detector import detector_weights
-from agegender.model import DEFAULT_MODEL
+from agegender.spec import DEFAULT_MODEL
 from handler import ARTIFACT, DETECTOR_WEIGHTS, MODEL_NAME
 
 __all__ = ["ARCHIVE", "build_archive"]

@@ -17,8 +17,8 @@ from typing import Any, Final
 from agegender import ImageResult, Model, Predictor
 from agegender.image import quiet_pillow
 from agegender.memory import keep_freed_memory
-from agegender.predictor import FacesMode
 from agegender.records import to_json
+from agegender.result import FacesMode
 from handler import ARTIFACT, BUSY_LOCK, DETECTOR_WEIGHTS, DRAINING
 from handler.metrics import Metrics
 from handler.request import MAX_PIXELS, Options, Request, RequestError, parse_request

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from agegender import AgeGenderError, Item
 from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE
 from agegender.image import read_header
-from agegender.predictor import FacesMode
+from agegender.result import FacesMode
 
 __all__ = ["Options", "Request", "RequestError", "parse_request"]
 

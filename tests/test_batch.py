@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from agegender import Item, Predictor
 from agegender.records import arrow_table
+from agegender.spec import SPEC_FILE, read_artifact
 from batch.location import decode_path, encode_path
 from batch.publish import FINAL_SCHEMA
 
@@ -32,6 +35,13 @@ def run_batch(*arguments: object, **environment: str) -> subprocess.CompletedPro
         check=False,
         env={**os.environ, **environment},
     )
+
+
+class Mean(torch.nn.Module):
+    """A network whose answer has another form than an artifact's."""
+
+    def forward(self, chips: torch.Tensor) -> torch.Tensor:
+        return chips.float().mean()
 
 
 @dataclass(frozen=True)
@@ -215,3 +225,18 @@ def test_append_adds_what_is_new(hostile: Hostile, scored: subprocess.CompletedP
     records = pd.read_parquet(hostile.root / "out")
     assert records["path"].nunique() == records["id"].nunique() == len(hostile.statuses) + 1
     assert records.loc[records["id"] == len(hostile.statuses), "path"].tolist() == [str(late)]
+
+
+def test_a_model_that_does_not_run_is_told_of_in_a_sentence(model_path: Path, tmp_path: Path) -> None:
+    """Its file is sound and its description fits, so that only those who load it find out."""
+    spec, _ = read_artifact(model_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.save(torch.jit.script(Mean()), str(tmp_path / "mean.pt"), _extra_files={SPEC_FILE: spec.to_json()})
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.txt").write_text("a")
+    done = run_batch(tmp_path / "photos", tmp_path / "out", "--model", tmp_path / "mean.pt")
+    assert done.returncode == 1
+    assert "does not run on cpu" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "_SUCCESS").exists()

@@ -18,7 +18,7 @@ import urllib3
 
 from agegender import ServerError
 from agegender.client import Client
-from agegender.model import SPEC_FILE
+from agegender.spec import SPEC_FILE
 from handler.archive import build_archive
 from handler.server import KEY_FILE, Server, ServingError
 from tests.hostile import PREDICTIONS, Ask, assert_survives, hostile_requests

@@ -52,6 +52,17 @@ def test_the_core_imports_alone_and_changes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("module", ["agegender", "agegender.client", "agegender.__main__", "batch.job"])
+def test_what_needs_no_network_waits_for_no_torch(module, repository):
+    done = python("-c", f"import sys, {module}; sys.exit('torch' in sys.modules)", cwd=repository)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_name_that_the_package_has_not():
+    with pytest.raises(AttributeError, match="has no attribute 'Perdictor'"):
+        agegender.Perdictor  # noqa: B018
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_all_is_true_and_complete(name):
     """What a module defines in public is listed, sorted, there, and has a docstring."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from agegender import Model, ModelLoadError, ModelSpec
-from agegender.model import FORMAT_VERSION, SPEC_FILE
+from agegender.spec import FORMAT_VERSION, SPEC_FILE
 
 SPEC = ModelSpec(
     format_version=FORMAT_VERSION,
@@ -171,7 +171,7 @@ def test_a_directory(tmp_path):
 def test_a_file_of_something_else(content, tmp_path):
     path = tmp_path / "model.pt"
     path.write_bytes(content)
-    assert refused(path).endswith("model.pt is not a TorchScript file that this torch can load")
+    assert refused(path).endswith("model.pt is not a TorchScript file, or a damaged one")
 
 
 def test_a_state_dict_and_another_zip(tmp_path):
@@ -187,6 +187,13 @@ def test_a_truncated_artifact(share, model_path, tmp_path):
     data = model_path.read_bytes()
     (tmp_path / "model.pt").write_bytes(data[: int(len(data) * share)])
     assert "not a TorchScript file" in refused(tmp_path / "model.pt")
+
+
+def test_a_bit_that_has_changed(model_path, tmp_path):
+    data = bytearray(model_path.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "model.pt").write_bytes(data)
+    assert "or a damaged one" in refused(tmp_path / "model.pt")
 
 
 def test_torchscript_without_a_description(save):

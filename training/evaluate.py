@@ -11,7 +11,8 @@ import numpy as np
 import tyro
 
 from agegender import AgeGenderError, Model
-from agegender.model import DEFAULT_MODEL, Predictions
+from agegender.model import Predictions
+from agegender.spec import DEFAULT_MODEL
 from training.cache import ChipCache, load_chips
 from training.data import Sample, scan
 from training.dataset import read_splits, splits_path

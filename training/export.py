@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from agegender.model import SPEC_FILE, ModelSpec
+from agegender.spec import SPEC_FILE, ModelSpec
 from training.calibrate import Calibration, age_interval
 from training.deploy import Deployed
 from training.network import AGE_BINS, Network

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from agegender import Model, ModelSpec
 from agegender.memory import keep_freed_memory
-from agegender.model import FORMAT_VERSION, find_device
+from agegender.model import find_device
+from agegender.spec import FORMAT_VERSION
 from training.backbones import FOLDED
 from training.branch import join, parse_backbones
 from training.calibrate import COVERAGE, calibrate
