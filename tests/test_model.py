@@ -321,6 +321,18 @@ def test_no_gradients_are_kept(shipped):
     assert not torch.is_inference_mode_enabled()
 
 
+def test_the_libraries_for_8_bits_agree(shipped, model_path, monkeypatch):
+    before = torch.backends.quantized.engine
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "another")
+    default = Model(model_path, device="cpu")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    other = Model(model_path, device="cpu")
+    assert torch.backends.quantized.engine == before
+    faces = chips(8, shipped.spec.chip_size_px)
+    for theirs, ours in zip(default.predict(faces), other.predict(faces), strict=True):
+        assert np.abs(theirs - ours).mean() < (1 if theirs.ndim == 1 else 0.05), "they round elsewhere, but little"
+
+
 def test_threads_share_a_model(shipped):
     batches = [chips(count, shipped.spec.chip_size_px, seed=count) for count in (1, 2, 3, 4)]
     expected = [shipped.predict(batch).age for batch in batches]

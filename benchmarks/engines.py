@@ -1,0 +1,59 @@
+"""What the choice of the library for 8-bit arithmetic gives: `python -m benchmarks.engines [MODEL...]`.
+
+Loads each artifact as `agegender.Model` does and as torch would by itself, and lets the two take turns on one core.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+from typing import Final
+from unittest import mock
+
+import numpy as np
+import torch
+
+from agegender import Model
+from agegender.image import Pixels
+from agegender.memory import keep_freed_memory
+from agegender.spec import DEFAULT_MODEL
+
+__all__ = ["main"]
+
+_BATCH: Final = 16
+_WARM_UP: Final = 5
+_ROUNDS: Final = 60
+
+
+def main() -> int:
+    """Prints chips/s of both, and their ratio."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("models", nargs="*", type=Path, default=[DEFAULT_MODEL], metavar="MODEL", help="artifacts")
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    print(f"processor: {torch.backends.cpu.get_cpu_capability()}")
+    for path in parser.parse_args().models:
+        ours, default = _rates(path)
+        print(f"{path}: {ours:.0f} chips/s, torch's own choice {default:.0f}, ratio {ours / default:.2f}")
+    return 0
+
+
+def _rates(path: Path) -> tuple[float, float]:
+    ours = Model(path, device="cpu")
+    with mock.patch("torch.backends.cpu.get_cpu_capability", return_value="another"):
+        default = Model(path, device="cpu")
+    side = ours.spec.chip_size_px
+    chips = np.random.default_rng(0).integers(0, 256, (_BATCH, side, side, 3), np.uint8)
+    seconds = [(_seconds(ours, chips), _seconds(default, chips)) for _ in range(_WARM_UP + _ROUNDS)][_WARM_UP:]
+    first, second = (median(column) for column in zip(*seconds, strict=True))
+    return _BATCH / first, _BATCH / second
+
+
+def _seconds(model: Model, chips: Pixels) -> float:
+    started = time.perf_counter()
+    model.predict(chips)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
