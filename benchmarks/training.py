@@ -57,9 +57,9 @@ def _measure(options: TrainOptions) -> None:
         state = _start(network, len(samples), options)
         psutil.cpu_percent()
         batches = _batches(chips, options, 0, 1)
-        epochs.append(_seconds(lambda s=state, b=batches: _train_one_epoch(network, s, b, targets, options, _CPU, 0)))
+        epochs.append(_seconds(_train_one_epoch, network, state, batches, targets, options, _CPU, 0))
         busy.append(psutil.cpu_percent())
-        networks.append(_seconds(lambda: _forward_and_backward(network, ready, targets, options)))
+        networks.append(_seconds(_forward_and_backward, network, ready, targets, options))
     ratio = median(epoch / own for epoch, own in zip(epochs, networks, strict=True))
     print(
         f"{options.backbone} at {options.size} pixels, {len(ready)} batches of {options.batch_size}: "
@@ -80,9 +80,9 @@ def _forward_and_backward(network: Network, ready: list[Batch], targets: Targets
         loss.backward()  # type: ignore[no-untyped-call]
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(work: Callable[..., object], *arguments: object) -> float:
     started = time.perf_counter()
-    work()
+    work(*arguments)
     return time.perf_counter() - started
 
 
