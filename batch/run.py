@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import os
 import secrets
 import time
 from collections import Counter
@@ -61,10 +60,8 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
         return
     output.check_writable()
     with output.locked() as still_held, ThreadPoolExecutor(1) as aside:
-        engine = _engine(request, output, aside)
-        identified = aside.submit(_identify, request, listing)
-        with engine:
-            wanted, model = identified.result()
+        wanted, model = _identify(request, listing)
+        with _engine(request, output, aside):
             if request.mode == "overwrite":
                 output.clear()
             run = _settle(output, wanted, listing, request, say)
@@ -75,9 +72,9 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
 def _engine(request: Request, output: Output, aside: Executor) -> contextlib.AbstractContextManager[None]:
     """Ray, unless it can have nothing to do; what else the job needs is imported while it starts."""
     finished = request.mode == "resume" and output.run() is None and output.finished() is not None
-    if finished or not os.path.isfile(request.model):
+    if finished:
         return contextlib.nullcontext()
-    from batch.engine import running_engine  # before OpenCV is: both change sys.path meanwhile, and must not at once
+    from batch.engine import running_engine
 
     aside.submit(import_module, "batch.job")
     return running_engine(request.resources)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow as pa
@@ -47,10 +48,11 @@ class Scorer:
         self._report = BlockReport()
         self._input_s: dict[str, float] = {}
         self._input = ""
-        remote = {"model": RemoteModel(list(models)), "batch_size": BATCH_SIZE} if models else {}
-        self._predictor = options.predictor(
-            **(remote or {"model": load_model(model, device="cpu")}), threads=1, on_stage=self._on_stage
-        )
+        predictor = partial(options.predictor, threads=1, on_stage=self._on_stage)
+        if models:
+            self._predictor = predictor(RemoteModel(list(models)), batch_size=BATCH_SIZE)
+        else:
+            self._predictor = predictor(load_model(model, device="cpu"))
 
     def __call__(self, blocks: pa.Table) -> pa.Table:
         """Rows of `batch.listing.MANIFEST_SCHEMA` -> rows of `BLOCK_SCHEMA`."""

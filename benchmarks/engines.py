@@ -16,11 +16,11 @@ import torch
 from agegender import Model
 from agegender.image import Pixels
 from agegender.memory import keep_freed_memory
+from agegender.predictor import DEFAULT_BATCH_SIZE
 from agegender.spec import DEFAULT_MODEL
 
 __all__ = ["main"]
 
-_BATCH: Final = 16
 _WARM_UP: Final = 5
 _ROUNDS: Final = 60
 
@@ -43,10 +43,10 @@ def _rates(path: Path) -> tuple[float, float]:
     with mock.patch("torch.backends.cpu.get_cpu_capability", return_value="another"):
         default = Model(path, device="cpu")
     side = ours.spec.chip_size_px
-    chips = np.random.default_rng(0).integers(0, 256, (_BATCH, side, side, 3), np.uint8)
+    chips = np.random.default_rng(0).integers(0, 256, (DEFAULT_BATCH_SIZE, side, side, 3), np.uint8)
     seconds = [(_seconds(ours, chips), _seconds(default, chips)) for _ in range(_WARM_UP + _ROUNDS)][_WARM_UP:]
     first, second = (median(column) for column in zip(*seconds, strict=True))
-    return _BATCH / first, _BATCH / second
+    return DEFAULT_BATCH_SIZE / first, DEFAULT_BATCH_SIZE / second
 
 
 def _seconds(model: Model, chips: Pixels) -> float:
