@@ -17,7 +17,7 @@ import torch
 
 from agegender.errors import ModelLoadError
 from agegender.image import Pixels
-from agegender.spec import DEFAULT_MODEL, FORMAT_VERSION, read_artifact
+from agegender.spec import DEFAULT_MODEL, FORMAT_VERSION, read_artifact, read_spec
 
 __all__ = ["Model", "Predictions", "find_device"]
 
@@ -43,21 +43,25 @@ class Predictions(NamedTuple):
 class Model:
     """A loaded artifact. Safe to share between threads."""
 
-    def __init__(self, path: str | Path = DEFAULT_MODEL, *, device: str = "auto") -> None:
+    def __init__(self, artifact: str | Path | bytes = DEFAULT_MODEL, *, device: str = "auto") -> None:
         """Loads the artifact and checks that it is one.
 
         Args:
-            path: the TorchScript file.
+            artifact: the TorchScript file, or what is in it.
             device: cpu, cuda, cuda:N, or auto for CUDA where there is one.
 
         Raises:
             ModelLoadError: missing, not TorchScript, without description, of another format, or no such device.
         """
-        self.path = Path(path)
         self.device = find_device(device)
-        self.spec, artifact = read_artifact(self.path)
-        self.sha256 = hashlib.sha256(artifact).hexdigest()
-        self._module = self._load(artifact)
+        if isinstance(artifact, bytes):
+            self._name, data = "the model", artifact
+            self.spec = read_spec(data, name=self._name)
+        else:
+            self._name = str(artifact)
+            self.spec, data = read_artifact(artifact)
+        self.sha256 = hashlib.sha256(data).hexdigest()
+        self._module = self._load(data)
         self._try_out()
 
     def predict(self, chips: Pixels) -> Predictions:
@@ -94,7 +98,7 @@ class Model:
                     module = torch.jit.load(io.BytesIO(artifact), map_location="cpu")  # type: ignore[no-untyped-call]
                 return torch.jit.freeze(module.to(self.device).eval())
         except RuntimeError as error:
-            raise ModelLoadError(f"{self.path} is not a TorchScript file that this torch can load") from error
+            raise ModelLoadError(f"{self._name} is not a TorchScript file that this torch can load") from error
 
     def _try_out(self) -> None:
         side = self.spec.chip_size_px
@@ -103,11 +107,11 @@ class Model:
             fits = shapes == [(1,), (1,), (1,), (1, 2)]
         except (RuntimeError, AttributeError, TypeError) as error:
             raise ModelLoadError(
-                f"{self.path} does not run on {self.device} ({type(error).__name__}); train one with `make train`"
+                f"{self._name} does not run on {self.device} ({type(error).__name__}); train one with `make train`"
             ) from error
         if not fits:
             raise ModelLoadError(
-                f"{self.path} answers in another form than format version {FORMAT_VERSION}; train one with `make train`"
+                f"{self._name} answers in another form than format version {FORMAT_VERSION}; train one with `make train`"
             )
 
 

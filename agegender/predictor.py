@@ -46,7 +46,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: str | Path | Model = DEFAULT_MODEL,
+        model: str | Path | bytes | Model = DEFAULT_MODEL,
         *,
         faces: FacesMode = "detect",
         min_score: float = DEFAULT_MIN_SCORE,
@@ -61,7 +61,7 @@ class Predictor:
         """Loads the model.
 
         Args:
-            model: the artifact's path, or a loaded model.
+            model: the artifact's path, its bytes, or a loaded model.
             faces: `detect` finds the faces of each image; `whole` takes each image as one face, for directories that
                 are already cut.
             min_score: faces that the detector scores below this are dropped, 0 to 1.
@@ -86,7 +86,7 @@ class Predictor:
         if threads is not None:
             torch.set_num_threads(threads)
             cv2.setNumThreads(threads)
-        self.model = Model(model, device=device) if isinstance(model, str | Path) else model
+        self.model = Model(model, device=device) if isinstance(model, str | Path | bytes) else model
         self.faces = faces
         self.max_pixels = max_pixels
         self.batch_size = batch_size

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from agegender.errors import ModelLoadError
 
-__all__ = ["DEFAULT_MODEL", "FORMAT_VERSION", "SPEC_FILE", "ModelSpec", "read_artifact"]
+__all__ = ["DEFAULT_MODEL", "FORMAT_VERSION", "SPEC_FILE", "ModelSpec", "read_artifact", "read_spec"]
 
 DEFAULT_MODEL: Final = Path("model_store/agegender.pt")
 FORMAT_VERSION: Final = 1
@@ -102,14 +102,23 @@ def read_artifact(path: str | Path) -> tuple[ModelSpec, bytes]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise ModelLoadError(f"cannot read the model {path}: {error.strerror}; train one with `make train`") from error
+    return read_spec(data, name=str(path)), data
+
+
+def read_spec(data: bytes, *, name: str) -> ModelSpec:
+    """The description in an artifact's bytes, in which no bit has changed; `name` is what errors call them.
+
+    Raises:
+        ModelLoadError: see `read_artifact`.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            names = {name.partition("/")[2]: name for name in archive.namelist()}
-            if archive.testzip() is not None or "constants.pkl" not in names:
+            members = {member.partition("/")[2]: member for member in archive.namelist()}
+            if archive.testzip() is not None or "constants.pkl" not in members:
                 raise zipfile.BadZipFile
-            text = archive.read(names[_SPEC_MEMBER]).decode(errors="replace") if _SPEC_MEMBER in names else ""
+            text = archive.read(members[_SPEC_MEMBER]).decode(errors="replace") if _SPEC_MEMBER in members else ""
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
-        raise ModelLoadError(f"{path} is not a TorchScript file, or a damaged one") from error
+        raise ModelLoadError(f"{name} is not a TorchScript file, or a damaged one") from error
     if not text:
-        raise ModelLoadError(f"{path} holds no {SPEC_FILE}: it was not made by `make train`")
-    return ModelSpec.from_json(text), data
+        raise ModelLoadError(f"{name} holds no {SPEC_FILE}: it was not made by `make train`")
+    return ModelSpec.from_json(text)

@@ -81,9 +81,7 @@ def _report(options: argparse.Namespace) -> None:
     from batch.output import Output
     from batch.report import write_report
 
-    output = Output(normalize(options.out))
-    print(f"wrote {write_report(output)}")
-    output.drop_empty_run()
+    print(f"wrote {write_report(Output(normalize(options.out)))}")
 
 
 def _complain(error: Exception, exit_code: int) -> int:

@@ -5,7 +5,6 @@ names to its records, so what holds for checkpoints and order holds here.
 """
 
 import random
-import tempfile
 from typing import TYPE_CHECKING, Any, Final
 
 import ray
@@ -30,8 +29,10 @@ class _ModelProcess:
     """A model in a process of its own."""
 
     def __init__(self, model: bytes, device: str) -> None:
+        from agegender import Model  # here, for the driver has no use for torch
+
         keep_freed_memory()
-        self._model = load_model(model, device=device)
+        self._model = Model(model, device=device)
 
     def spec(self) -> ModelSpec:
         return self._model.spec
@@ -71,13 +72,3 @@ def start_models(model: bytes, resources: Resources) -> list[Any]:
     actor = ray.remote(num_cpus=0, num_gpus=int(on_gpu), max_restarts=-1, max_task_retries=-1)(_ModelProcess)
     reference = ray.put(model)
     return [actor.remote(reference, resources.device) for _ in range(resources.gpus)]
-
-
-def load_model(model: bytes, *, device: str) -> "Model":
-    """The model in the artifact's bytes, which travel with the job so that no node needs the file."""
-    from agegender import Model  # here, for the driver has no use for torch
-
-    with tempfile.NamedTemporaryFile(suffix=".pt") as file:
-        file.write(model)
-        file.flush()
-        return Model(file.name, device=device)

@@ -52,6 +52,7 @@ def write_report(output: Output) -> str:
     for batch in _batches(output):
         gathered.add(batch)
     output.write(REPORT_FILE, _page(output, summary, gathered))
+    output.drop_empty_run()
     return output.path(REPORT_FILE)
 
 

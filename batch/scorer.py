@@ -12,7 +12,7 @@ from agegender import AgeGenderError, ImageResult, Item
 from agegender.image import quiet_pillow
 from agegender.memory import keep_freed_memory
 from agegender.records import arrow_schema, to_rows
-from batch.gpu import BATCH_SIZE, RemoteModel, load_model
+from batch.gpu import BATCH_SIZE, RemoteModel
 from batch.location import FileTooLargeError, read_bytes
 from batch.progress import BlockReport, Listener
 from batch.request import ScoreOptions
@@ -52,7 +52,7 @@ class Scorer:
         if models:
             self._predictor = predictor(RemoteModel(list(models)), batch_size=BATCH_SIZE)
         else:
-            self._predictor = predictor(load_model(model, device="cpu"))
+            self._predictor = predictor(model, device="cpu")
 
     def __call__(self, blocks: pa.Table) -> pa.Table:
         """Rows of `batch.listing.MANIFEST_SCHEMA` -> rows of `BLOCK_SCHEMA`."""

@@ -354,9 +354,16 @@ def test_threads_share_a_model(shipped):
 # --- the artifact that ships -----------------------------------------------------------------------------------------
 
 
-def test_the_shipped_artifact_says_what_it_is(shipped):
+def test_an_artifact_loads_from_its_bytes_as_from_its_file(shipped, model_path):
+    loaded = Model(model_path.read_bytes(), device="cpu")
+    assert (loaded.spec, loaded.sha256) == (shipped.spec, shipped.sha256)
+    with pytest.raises(ModelLoadError, match="the model is not a TorchScript file"):
+        Model(model_path.read_bytes()[:-100])
+
+
+def test_the_shipped_artifact_says_what_it_is(shipped, model_path):
     spec = dataclasses.asdict(shipped.spec)
     assert spec["labels"] == ("male", "female")
     for name in ("name", "version", "backbone", "training_data", "licence"):
         assert spec[name], name
-    assert shipped.path.stat().st_size <= 25e6
+    assert model_path.stat().st_size <= 25e6

@@ -55,7 +55,7 @@ def run(options: EvaluateOptions) -> Path:
     """
     model = Model(options.model, device=options.device)
     samples, rejected = scan(options.data_dir)
-    samples, warning = _unseen(samples, model, options.pictures)
+    samples, warning = _unseen(samples, options.model, options.pictures)
     geometry = (model.spec.chip_size_px, model.spec.chip_margin)
     samples, chips = load_chips(samples, *geometry, options.cache_dir, rejected)
     if not samples:
@@ -95,11 +95,11 @@ def evaluate(
     return report
 
 
-def _unseen(samples: list[Sample], model: Model, pictures: Literal["unseen", "all"]) -> tuple[list[Sample], str | None]:
+def _unseen(samples: list[Sample], model: Path, pictures: Literal["unseen", "all"]) -> tuple[list[Sample], str | None]:
     """The pictures to measure on, and what must be said of them."""
-    splits = read_splits(splits_path(model.path))
+    splits = read_splits(splits_path(model))
     if not splits.sides:
-        return samples, f"there is no {splits_path(model.path).name} beside the model: it may have seen these pictures"
+        return samples, f"there is no {splits_path(model).name} beside the model: it may have seen these pictures"
     unseen = [sample for sample in samples if splits.of(sample) in (None, "test")]
     seen = len(samples) - len(unseen)
     if pictures == "all":
