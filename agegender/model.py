@@ -111,7 +111,8 @@ class Model:
             ) from error
         if not fits:
             raise ModelLoadError(
-                f"{self._name} answers in another form than format version {FORMAT_VERSION}; train one with `make train`"
+                f"{self._name} answers in another form than format version {FORMAT_VERSION}; train one with "
+                "`make train`"
             )
 
 

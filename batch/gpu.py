@@ -16,7 +16,6 @@ from batch.errors import JobError
 from batch.request import Resources
 
 if TYPE_CHECKING:
-    from agegender import Model
     from agegender.model import Predictions
 
 __all__ = ["BATCH_SIZE", "RemoteModel", "start_models"]
