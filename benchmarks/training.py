@@ -1,13 +1,15 @@
 """What an epoch costs beside the network's own forward and backward: `python -m benchmarks.training DATA_DIR`.
 
 Trains one epoch as `make train` does, and runs the network forward and backward over the same batches when they are
-already there, in turns. Arguments behind DATA_DIR go to the training, such as `--backbone resnet18 --size 112`.
+already there, in turns. Arguments behind DATA_DIR go to the training, such as `--backbone resnet18` or
+`--max-samples 20000`.
 """
 
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Final
 
@@ -17,7 +19,7 @@ import tyro
 
 from agegender.memory import keep_freed_memory
 from training.dataset import load_faces
-from training.loop import AugmentedChips, Batch, _batches, _start, _train_one_epoch
+from training.loop import AugmentedChips, Batch, epoch_batches, initial_state, train_one_epoch
 from training.loss import Targets, criterion, label_targets
 from training.network import Logits, Network, create_network
 from training.options import TrainOptions
@@ -36,9 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print((__doc__ or "").strip(), file=sys.stderr)
         return 0 if "--help" in given else 2
     with tempfile.TemporaryDirectory(prefix="bench-training-") as folder:
-        fixed = ["--data-dir", given[0], "--max-samples", str(_PICTURES), "--epochs", "1", "--no-progressive"]
-        options = tyro.cli(TrainOptions, args=[*fixed, "--cache-dir", f"{folder}/cache", *given[1:]])
-        _measure(options)
+        default = TrainOptions(
+            Path(given[0]), cache_dir=Path(folder), epochs=1, progressive=False, max_samples=_PICTURES
+        )
+        _measure(tyro.cli(TrainOptions, args=given[1:], default=default))
     return 0
 
 
@@ -51,13 +54,13 @@ def _measure(options: TrainOptions) -> None:
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     targets = label_targets([s.labels.age_years for s in samples], [s.labels.gender for s in samples])
     chips = AugmentedChips(samples, faces.train_chips, options.size, options.seed, 0)
-    ready = list(_batches(chips, options, 0, 1))
+    ready = list(epoch_batches(chips, options, 0, 1))
     epochs, networks, busy = [], [], []
     for _ in range(_ROUNDS):
-        state = _start(network, len(samples), options)
+        state = initial_state(network, len(samples), options)
         psutil.cpu_percent()
-        batches = _batches(chips, options, 0, 1)
-        epochs.append(_seconds(_train_one_epoch, network, state, batches, targets, options, _CPU, 0))
+        batches = epoch_batches(chips, options, 0, 1)
+        epochs.append(_seconds(train_one_epoch, network, state, batches, targets, options, _CPU, 0))
         busy.append(psutil.cpu_percent())
         networks.append(_seconds(_forward_and_backward, network, ready, targets, options))
     ratio = median(epoch / own for epoch, own in zip(epochs, networks, strict=True))

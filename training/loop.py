@@ -35,13 +35,19 @@ __all__ = [
     "BEST",
     "CURVE",
     "LAST",
+    "AugmentedChips",
+    "Batch",
     "EpochResult",
+    "TrainState",
+    "epoch_batches",
+    "initial_state",
     "load_weights",
     "make_deterministic",
     "predict_logits",
     "read_curve",
     "save_whole",
     "train",
+    "train_one_epoch",
 ]
 
 BEST: Final = "best.pt"
@@ -109,7 +115,7 @@ def train(network: Network, faces: Faces, targets: Targets, options: TrainOption
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-    state = _start(network, len(faces.samples["train"]), options)
+    state = initial_state(network, len(faces.samples["train"]), options)
     curve = _resume(state, options) if options.resume else []
     replica = DistributedDataParallel(network) if world > 1 else network
     val_chips = faces.chips.read(faces.samples["val"]) if rank == 0 else None
@@ -119,8 +125,8 @@ def train(network: Network, faces: Faces, targets: Targets, options: TrainOption
         _seed_everything(options.seed, epoch)
         size_px = options.train_size(epoch)
         chips = AugmentedChips(faces.samples["train"], faces.train_chips, size_px, options.seed, epoch)
-        batches = _batches(chips, options, rank, world)
-        loss = _train_one_epoch(replica, state, batches, targets, options, device, epoch)
+        batches = epoch_batches(chips, options, rank, world)
+        loss = train_one_epoch(replica, state, batches, targets, options, device, epoch)
         row = None
         if val_chips is not None:
             lr = float(state.scheduler.get_last_lr()[0])
@@ -152,7 +158,7 @@ def read_curve(out_dir: Path) -> list[EpochResult]:
 
 
 @dataclass(frozen=True)
-class _State:
+class TrainState:
     """Everything that a checkpoint must hold; randomness is drawn anew from the seed in each epoch."""
 
     network: Network
@@ -168,14 +174,15 @@ class _State:
             getattr(self, name).load_state_dict(value)
 
 
-def _start(network: Network, samples: int, options: TrainOptions) -> _State:
+def initial_state(network: Network, samples: int, options: TrainOptions) -> TrainState:
+    """The state before the first of the epochs over so many samples."""
     steps = max(1, samples // options.batch_size) * options.epochs
     optimizer = torch.optim.AdamW(_parameter_groups(network, options.weight_decay), lr=options.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, options.lr, total_steps=steps + 1, pct_start=_WARM_UP_SHARE
     )
     ema = AveragedModel(network, multi_avg_fn=_warmed_up_average(options.ema_decay), use_buffers=True)
-    return _State(network, ema, optimizer, scheduler)
+    return TrainState(network, ema, optimizer, scheduler)
 
 
 def _warmed_up_average(decay: float) -> Callable[..., None]:
@@ -191,7 +198,7 @@ def _warmed_up_average(decay: float) -> Callable[..., None]:
     return update
 
 
-def _resume(state: _State, options: TrainOptions) -> list[EpochResult]:
+def _resume(state: TrainState, options: TrainOptions) -> list[EpochResult]:
     try:
         checkpoint = load_weights(options.out_dir / LAST)
     except FileNotFoundError:
@@ -235,7 +242,7 @@ def _seed_everything(seed: int, epoch: int) -> None:
     random.seed(seed * 100_003 + epoch)
 
 
-def _batches(dataset: AugmentedChips, options: TrainOptions, rank: int, world: int) -> "DataLoader[Batch]":
+def epoch_batches(dataset: AugmentedChips, options: TrainOptions, rank: int, world: int) -> "DataLoader[Batch]":
     """This process's share of each batch of the epoch, in an order drawn from the seed."""
     size = min(options.batch_size, len(dataset))
     generator = torch.Generator().manual_seed(options.seed * 100_003 + dataset.epoch)
@@ -259,16 +266,20 @@ def _collate(items: list[tuple[Pixels, int]]) -> Batch:
     return torch.from_numpy(np.stack(chips)).permute(0, 3, 1, 2), torch.tensor(rows)  # channels_last without a copy
 
 
-def _train_one_epoch(
+def train_one_epoch(
     replica: nn.Module,
-    state: _State,
+    state: TrainState,
     batches: "DataLoader[Batch]",
     targets: Targets,
     options: TrainOptions,
     device: torch.device,
     epoch: int,
 ) -> float:
-    """Returns the mean loss of this process's share."""
+    """Takes an optimizer step for each batch.
+
+    Returns:
+        The mean loss of this process's share.
+    """
     replica.train()
     total = 0.0
     quiet = dist.is_initialized() and dist.get_rank() > 0
@@ -289,7 +300,7 @@ def _train_one_epoch(
     return total / len(batches)
 
 
-def _step(state: _State, loss: Tensor) -> None:
+def _step(state: TrainState, loss: Tensor) -> None:
     state.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(state.network.parameters(), _GRADIENT_CLIP)
@@ -320,7 +331,7 @@ def predict_logits(network: nn.Module, chips: npt.NDArray[np.uint8], device: tor
     return Logits(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _keep(state: _State, curve: list[EpochResult], out_dir: Path) -> None:
+def _keep(state: TrainState, curve: list[EpochResult], out_dir: Path) -> None:
     """Writes the curves, the weights if they are the best so far, and last the checkpoint."""
     row = curve[-1]
     with SummaryWriter(str(out_dir / "tensorboard"), purge_step=row.epoch) as writer:
