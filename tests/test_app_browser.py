@@ -199,14 +199,14 @@ def test_the_camera(app: App, browser: "Browser") -> None:
 
 @pytest.mark.slow
 def test_two_sessions_at_once(
-    app: App, browser: "Browser", predictor: Predictor, group_jpeg: bytes, astronaut: bytes
+    app: App, browser: "Browser", predictor: Predictor, grace_hopper: bytes, astronaut: bytes
 ) -> None:
-    group, single = predictor.predict([group_jpeg, astronaut])
+    results = predictor.predict([grace_hopper, astronaut])
     pages = [open_page(browser, app.address) for _ in range(2)]
     for _ in range(3):
-        for page, name, data in zip(pages, ("group.jpg", "astronaut.png"), (group_jpeg, astronaut), strict=True):
+        for page, name, data in zip(pages, ("grace.jpg", "astronaut.png"), (grace_hopper, astronaut), strict=True):
             upload(page, (name, data))
-    for page, mine, other in zip(pages, (group, single), (single, group), strict=True):
+    for page, mine, other in zip(pages, results, reversed(results), strict=True):
         assert_cards(page, mine)
         settle(page)
         assert page.get_by_role("heading", name=f"{other.faces[0].age:.0f} years", exact=True).count() == 0
