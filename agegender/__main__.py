@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--model", default=DEFAULT_MODEL, help=f"the artifact (default {DEFAULT_MODEL})")
     where.add_argument("--server", metavar="URL", help="let a running server predict, such as http://127.0.0.1:8080")
-    parser.add_argument("--key-file", type=Path, default=DEFAULT_KEY_FILE, help="the server's tokens (key_file.json)")
+    parser.add_argument(
+        "--key-file", type=Path, help=f"the server's tokens (default: {DEFAULT_KEY_FILE}, for a server on this machine)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     return parser
 

@@ -6,10 +6,11 @@ Images go one per request, as they are: the server collects what arrives togethe
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import urllib3
 from urllib3.connectionpool import ConnectionPool
@@ -46,7 +47,7 @@ class Client:
         min_score: float = DEFAULT_MIN_SCORE,
         max_faces: int = DEFAULT_MAX_FACES,
         key: str | None = None,
-        key_file: Path | None = DEFAULT_KEY_FILE,
+        key_file: Path | None = None,
         connect_timeout_s: float = 3.0,
         answer_timeout_s: float = 120.0,
         retries: int = 3,
@@ -59,7 +60,8 @@ class Client:
             min_score: least detector score, 0 to 1.
             max_faces: most faces per image, the largest first.
             key: the server's inference token, where there is no file of them.
-            key_file: TorchServe's file of tokens. It is read anew when the server says that a token is old.
+            key_file: TorchServe's file of tokens. It is read anew when the server says that a token is old. Without it
+                and without a key: the one in this directory, for a server on this machine; another host is not told it.
             connect_timeout_s: how long a connection may take.
             answer_timeout_s: how long an answer may take.
             retries: how often a request is repeated that the server did not take: it could not be reached, it closed
@@ -73,8 +75,8 @@ class Client:
         self.server = server.rstrip("/")
         self.about: dict[str, str] = {}
         self._options = urlencode({"faces": faces, "min_score": min_score, "max_faces": max_faces})
-        self._key = key
-        self._key_file = key_file
+        self._key = key and key.strip()
+        self._key_file = DEFAULT_KEY_FILE if key is None and key_file is None and _is_here(server) else key_file
         self._retries = retries
         self._timeout = urllib3.Timeout(connect=connect_timeout_s, read=answer_timeout_s)
         self._pool = urllib3.PoolManager(maxsize=16)
@@ -145,6 +147,7 @@ class Client:
             status_forcelist=(503,),
             allowed_methods=None,
             backoff_factor=0.2,
+            respect_retry_after_header=False,  # it may ask for hours, and makes urllib3 repeat other answers than 503
             raise_on_status=False,
             redirect=False,
         )
@@ -175,6 +178,14 @@ class _NoSecondWait(urllib3.Retry):
         if isinstance(error, urllib3.exceptions.ReadTimeoutError):
             raise error
         return super().increment(method, url, response, error, _pool, _stacktrace)
+
+
+def _is_here(server: str) -> bool:
+    host = urlsplit(server).hostname or ""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _says_old_key(answer: Mapping[str, Any]) -> bool:

@@ -14,11 +14,15 @@ import numpy.typing as npt
 from agegender.errors import ModelLoadError
 from agegender.image import Pixels
 
-__all__ = ["DEFAULT_MAX_FACES", "DEFAULT_MIN_SCORE", "DETECTOR_SIDE_PX", "Face", "FaceDetector", "detector_weights"]
+__all__ = ["DECODE_SIDE_PX", "DEFAULT_MAX_FACES", "DEFAULT_MIN_SCORE", "Face", "FaceDetector", "detector_weights"]
 
 # The longer side of what the detector sees; larger images are shrunk to it, smaller ones are taken as they are. It is
 # one number for training and inference alike, since landmarks move by about a pixel with the detector's input size.
-DETECTOR_SIDE_PX: Final = 640
+_SIDE_PX: Final = 640
+
+# To which a JPEG may be reduced while it is decoded: twice the detector's resolution, so that a face of the smallest
+# size that fills a chip sharply still does.
+DECODE_SIDE_PX: Final = 2 * _SIDE_PX
 
 DEFAULT_MIN_SCORE: Final = 0.6
 DEFAULT_MAX_FACES: Final = 100
@@ -129,7 +133,7 @@ class FaceDetector:
         Returns:
             Faces in pixels of that image, by falling size of box.
         """
-        faces = self._look(pixels, DETECTOR_SIDE_PX)
+        faces = self._look(pixels, _SIDE_PX)
         if max(pixels.shape[:2]) > 2 * _SMALL_SIDE_PX:
             faces = _without_overlaps(faces + self._look(pixels, _SMALL_SIDE_PX))
         return sorted(faces, key=lambda face: -face.area)[: self.max_faces]

@@ -106,17 +106,31 @@ def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Encoded
         raise TypeError(f"an image is given as the bytes of its file, not as {type(data).__name__}")
     if not data:
         raise NotAnImageError("the file is empty (0 bytes)")
+    if canvas := _webp_canvas(data):  # which Pillow allocates, twice, to read the header
+        _check_pixels(*canvas, max_pixels)
     source, format_ = _open(data)
     orientation = _orientation(source)
     turned = _UPRIGHT[orientation][0] % 2 == 1
     width, height = source.size[::-1] if turned else source.size
+    _check_pixels(width, height, max_pixels)
+    return EncodedImage(width, height, format_, data, orientation)
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
         raise ImageTooLargeError(
             f"{width}x{height} is {width * height / 1e6:.1f} megapixels, over the limit of {max_pixels / 1e6:g}",
             width=width,
             height=height,
         )
-    return EncodedImage(width, height, format_, data, orientation)
+
+
+def _webp_canvas(data: bytes) -> tuple[int, int] | None:
+    """Width and height that the header of an extended WebP announces (WebP container specification, VP8X)."""
+    head = bytes(data[:30])
+    if len(head) < 30 or (head[:4], head[8:16]) != (b"RIFF", b"WEBPVP8X"):
+        return None
+    return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
 
 
 def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from agegender.chips import cut_chip
-from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE, DETECTOR_SIDE_PX, Face, FaceDetector
+from agegender.detector import DECODE_SIDE_PX, DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE, Face, FaceDetector
 from agegender.errors import AgeGenderError
 from agegender.image import DEFAULT_MAX_PIXELS, Pixels, read_header
 from agegender.model import Model
@@ -23,10 +23,6 @@ from agegender.spec import DEFAULT_MODEL
 __all__ = ["DEFAULT_BATCH_SIZE", "Predictor"]
 
 DEFAULT_BATCH_SIZE: Final = 16  # chips; what more of them need does not fit the caches of a CPU
-
-# A reduced JPEG keeps twice the detector's resolution, so that a face of the smallest size that fills a chip sharply
-# still does.
-_DECODE_SIDE_PX: Final = 2 * DETECTOR_SIDE_PX
 
 _log = logging.getLogger(__name__)
 
@@ -128,7 +124,7 @@ class Predictor:
         try:
             with self._timed("decode"):
                 encoded = read_header(item.data, max_pixels=self.max_pixels)
-                pixels = encoded.decode(min_side_px=_DECODE_SIDE_PX)
+                pixels = encoded.decode(min_side_px=DECODE_SIDE_PX)
             with self._timed("detect"):
                 faces = self._faces(pixels)
             spec = self.model.spec

@@ -17,11 +17,12 @@ _HASH_DIGITS: Final = 12
 
 @dataclass(frozen=True)
 class Engine:
-    """A predictor, and a name that changes when its answers may change.
+    """A predictor and its name.
 
     Attributes:
         predictor: the model in this process, or the client of a server.
-        name: tells results of one engine from those of another.
+        name: tells results of one engine from those of another. A server that takes up another model keeps its name:
+            what it has answered before stays.
     """
 
     predictor: Predictor | Client
@@ -67,7 +68,7 @@ def _choose_server() -> Engine:
     token = st.text_input("Token", type="password", placeholder="from the key file", key="token")
     key_file = st.text_input(
         "Key file",
-        str(DEFAULT_KEY_FILE),
+        placeholder=f"{DEFAULT_KEY_FILE}, for a server on this machine",
         disabled=bool(token),
         help="TorchServe writes it into the directory that it was started in.",
         key="key_file",

@@ -182,19 +182,21 @@ def _show_rows(name: str, fingerprint: tuple[Any, ...]) -> None:
     try:
         if Scores.fingerprint(name) != fingerprint:
             st.rerun()
-        _show_selected(_load(name, fingerprint))
+        _show_selected(_load(name, fingerprint), hash((name, fingerprint)))
     except (OutputError, OSError, ValueError) as error:
         show_error(error)
 
 
-def _show_selected(scores: Scores) -> None:
+def _show_selected(scores: Scores, source: int) -> None:
+    """Of other files, or of the same that have changed, no row is chosen: the page keeps a choice by its number."""
     selection = _choose_selection(scores)
+    rows = hash((source, selection))
     numbers = scores.select(selection)
     if not len(numbers):
         st.info("No row is like this; widen the filters.", icon=":material/filter_alt_off:")
         return
     pages = -(-len(numbers) // _ROWS_PER_PAGE)
-    page = st.pagination(pages, key=f"page-{hash(selection)}") if pages > 1 else 1
+    page = st.pagination(pages, key=f"page-{rows}") if pages > 1 else 1
     shown = numbers[(page - 1) * _ROWS_PER_PAGE : page * _ROWS_PER_PAGE]
     table = scores.rows(shown)
     event = st.dataframe(
@@ -206,7 +208,7 @@ def _show_selected(scores: Scores) -> None:
         on_select="rerun",
         selection_mode="multi-row",
         placeholder="",
-        key=f"rows-{page}-{hash(selection)}",
+        key=f"rows-{page}-{rows}",
     )
     chosen = list(event.selection.rows)
     _show_export(scores, shown[chosen] if chosen else numbers, chosen=bool(chosen), total=len(scores))

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(_report if reporting else _score, options)
     except KeyboardInterrupt:
-        advice = "" if reporting else f"; {same_command(options.mode)} goes on from here"
+        advice = "" if reporting or options.dry_run else f"; {same_command(options.mode)} goes on from here"
         print(f"\nbatch: interrupted{advice}", file=sys.stderr)
         return _INTERRUPTED
 
@@ -67,10 +67,13 @@ def _run(action: Callable[[argparse.Namespace], None], options: argparse.Namespa
 
 
 def _score(options: argparse.Namespace) -> None:
+    from batch.location import is_remote
     from batch.run import run_batch
     from batch.samples import write_samples
 
-    if options.samples:
+    if options.samples and not options.dry_run:
+        if is_remote(options.sources[0]):
+            raise ValueError(f"the samples go into a directory of this machine, not to {options.sources[0]}")
         write_samples(Path(options.sources[0]))
     stream = sys.stdout  # while the engine runs, `sys.stdout` is for its libraries
     run_batch(_request(options), lambda text: print(text, file=stream, flush=True))

@@ -11,6 +11,7 @@
 Every error is one sentence that says what was wrong and what to do.
 """
 
+import errno
 from typing import ClassVar
 
 __all__ = [
@@ -22,12 +23,18 @@ __all__ = [
     "SourceError",
     "TooManyBadError",
     "first_line",
+    "reason_of",
 ]
 
 
 def first_line(error: BaseException) -> str:
     """What a library's error says, without its details."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def reason_of(error: OSError) -> str:
+    """Why a disk or an object store did not do it."""
+    return "the disk is full; free some space" if error.errno == errno.ENOSPC else first_line(error)
 
 
 class BatchError(Exception):

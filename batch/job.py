@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final, cast
 
@@ -16,7 +17,7 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from batch.engine import worker_count
-from batch.errors import JobError
+from batch.errors import JobError, reason_of
 from batch.gpu import start_models
 from batch.output import Output
 from batch.progress import BlockReport, Tally
@@ -26,7 +27,7 @@ from batch.scorer import BLOCK_SCHEMA, Scorer
 __all__ = ["score_manifest"]
 
 _POLL_S: Final = 0.25
-_STUCK_S: Final = 300
+_STUCK_S: Final = 1800
 _TALLY_S: Final = 5
 
 
@@ -64,18 +65,45 @@ def score_manifest(
     tally = _RemoteTally(lasting(Tally).remote())
     pipeline = _Pipeline(output, options, model, resources, tally)
     pipeline.start()
+    patience = _Patience()
     while pipeline.is_alive():
         pipeline.join(_POLL_S)
         if pipeline.is_alive():
-            _poll(tally, on_progress)
+            patience.look(_poll(tally, on_progress))
     if pipeline.error is not None:
         raise JobError(_explain(pipeline.error)) from pipeline.error
     _poll(tally, on_progress)
 
 
-def _poll(tally: "_RemoteTally", on_progress: Callable[[BlockReport], None]) -> None:
-    with contextlib.suppress(ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
-        on_progress(tally.total())
+def _poll(tally: "_RemoteTally", on_progress: Callable[[BlockReport], None]) -> BlockReport | None:
+    try:
+        report = tally.total()
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError):
+        return None
+    on_progress(report)
+    return report
+
+
+class _Patience:
+    """Ends a job that stands still, as one does for which a cluster has no processors.
+
+    Ray Data's own guard counts blocks, and one of large images may take longer than any limit that would help.
+    """
+
+    def __init__(self) -> None:
+        self._last: BlockReport | None = None
+        self._since = time.monotonic()
+
+    def look(self, report: BlockReport | None) -> None:
+        """Takes what the job has come to; None where that is not known.
+
+        Raises:
+            JobError: for half an hour no input was read and none was done.
+        """
+        if report != self._last:
+            self._last, self._since = report, time.monotonic()
+        elif time.monotonic() - self._since > _STUCK_S:
+            raise JobError(f"no input was read or done for {_STUCK_S // 60} minutes")
 
 
 class _RemoteTally:
@@ -145,7 +173,7 @@ def _configure(output: Output) -> None:
     context = DataContext.get_current()
     context.checkpoint_config = checkpoint
     context.use_datasource_v2 = False  # which starts more processes than the manifest has files, seconds each
-    context.execution_no_progress_timeout_s = _STUCK_S
+    context.execution_no_progress_timeout_s = -1  # see _Patience
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised, and told in a sentence
@@ -156,7 +184,7 @@ def _explain(error: Exception) -> str:
     causes = list(_causes(error))
     for cause in causes:
         if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-            return "the disk is full; free some space"
+            return reason_of(cause)
     telling = [cause for cause in causes if str(cause).strip()] or causes
     return f"the engine stopped: {_last_line(telling[-1])}"
 

@@ -4,6 +4,7 @@ The listing is streamed: it holds one shard of names, the directories still to v
 digest of every name; see docs/batch.md for the figures.
 """
 
+import codecs
 import glob
 import hashlib
 import math
@@ -25,6 +26,8 @@ __all__ = ["MANIFEST_SCHEMA", "Input", "Listing", "block_size", "blocks_of"]
 
 # One shard is held in memory and sorted by name.
 _SHARD_INPUTS: Final = 65_536
+
+_REACHED: Final = "directory that was reached before, or the output itself"
 
 MANIFEST_SCHEMA: Final = pa.schema(
     [
@@ -126,45 +129,38 @@ class Listing:
         elif os.path.islink(path) and not self.follow_links:
             self.excluded["link to a directory"] += 1
         elif inside:
-            self.excluded["directory that was reached before, or the output itself"] += 1
+            self.excluded[_REACHED] += 1
         else:
             yield from self._walk(path)
 
     def _walk(self, root: bytes) -> Iterator[Input]:
         """All files below a directory; hidden ones too."""
-        visited = {_identity(root)}
-        if self.skip is not None and os.path.isdir(decode_path(self.skip)):
+        visited = set[tuple[int, int]]()
+        if self.skip is not None and os.path.isdir(decode_path(self.skip)) and self.skip != encode_path(root):
             visited.add(_identity(decode_path(self.skip)))
         folders, linked = [root], list[bytes]()
-        while folders or linked:
+        while folders or linked:  # links last, so that a directory has its own name wherever it can be reached by it
             folder = folders.pop() if folders else linked.pop()
             try:
+                if (identity := _identity(folder)) in visited:
+                    self.excluded[_REACHED] += 1
+                    continue
+                visited.add(identity)
                 with os.scandir(folder) as entries:
                     for entry in entries:
-                        yield from self._entry(entry, visited, folders, linked)
+                        yield from self._entry(entry, folders, linked)
             except OSError as error:
                 yield Input(encode_path(folder), f"the directory cannot be listed: {error.strerror}")
 
-    def _entry(
-        self, entry: "os.DirEntry[bytes]", visited: set[tuple[int, int]], folders: list[bytes], linked: list[bytes]
-    ) -> Iterator[Input]:
-        link = entry.is_symlink()
+    def _entry(self, entry: "os.DirEntry[bytes]", folders: list[bytes], linked: list[bytes]) -> Iterator[Input]:
         if not _is_directory(entry):
             yield Input(encode_path(entry.path))
-            return
-        if link and not self.follow_links:
-            self.excluded["link to a directory"] += 1
-            return
-        try:
-            identity = _identity(entry.path)
-        except OSError as error:
-            yield Input(encode_path(entry.path), f"the directory cannot be listed: {error.strerror}")
-            return
-        if identity in visited:
-            self.excluded["directory that was reached before, or the output itself"] += 1
+        elif not entry.is_symlink():
+            folders.append(entry.path)
+        elif self.follow_links:
+            linked.append(entry.path)
         else:
-            visited.add(identity)
-            (linked if link else folders).append(entry.path)
+            self.excluded["link to a directory"] += 1
 
     def _remote(self, source: str) -> Iterator[Input]:
         filesystem, root = filesystem_of(source)
@@ -177,12 +173,15 @@ class Listing:
             return
         folders = [root]
         while folders:
-            for info in filesystem.get_file_info(fs.FileSelector(folders.pop())):
+            folder = folders.pop()
+            for info in filesystem.get_file_info(fs.FileSelector(folder)):
                 name = f"{scheme}://{info.path}"
                 if info.type is not fs.FileType.Directory:
                     yield Input(name)
                 elif name == self.skip:
-                    self.excluded["directory that was reached before, or the output itself"] += 1
+                    self.excluded[_REACHED] += 1
+                elif info.path == folder:  # what pyarrow makes of two slashes in a row
+                    yield Input(f"{name}//", "the directory cannot be listed: it has no name between two slashes")
                 else:
                     folders.append(info.path)
 
@@ -261,8 +260,8 @@ def _open(name: str) -> pa.NativeFile:
 
 def _read_parquet_list(file: pa.NativeFile, name: str) -> Iterator[Input]:
     table = pq.ParquetFile(file)
-    if "path" not in table.schema_arrow.names:
-        raise SourceError(f"the list {name} has no column `path`, only {', '.join(table.schema_arrow.names)}")
+    if table.schema_arrow.names.count("path") != 1:
+        raise SourceError(f"the list {name} must have one column `path`; it has {', '.join(table.schema_arrow.names)}")
     kind = table.schema_arrow.field("path").type
     if not (_is_text(kind) or (pa.types.is_dictionary(kind) and _is_text(kind.value_type))):
         raise SourceError(f"the column `path` of the list {name} holds {kind}; it must hold text")
@@ -275,7 +274,7 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _read_text_list(file: pa.NativeFile) -> Iterator[Input]:
-    pending = b""
+    pending = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
     while chunk := file.read(1 << 20):
         *lines, pending = (pending + chunk).split(b"\n")
         yield from _parse_lines(lines)
@@ -303,7 +302,11 @@ def _is_utf8(name: bytes) -> bool:
 
 def _exists(source: str) -> bool:
     if not is_remote(source):
-        return os.path.exists(decode_path(source))
+        try:
+            os.stat(decode_path(source))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
     filesystem, path = filesystem_of(source)
     return filesystem.get_file_info(path).type is not fs.FileType.NotFound
 

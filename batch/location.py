@@ -62,8 +62,17 @@ def is_remote(text: str) -> bool:
 
 
 def normalize(text: str) -> str:
-    """The name of what a user calls `text`: a URI as it is, a local path made absolute."""
-    return text.rstrip("/") if is_remote(text) else encode_path(os.path.abspath(decode_path(text)))
+    """The name of what a user calls `text`: a URI as it is, a local path made absolute.
+
+    Raises:
+        ValueError: it is empty, as a variable of the shell may be.
+    """
+    if not text:
+        raise ValueError("a source or the output has an empty name")
+    if is_remote(text):
+        return text.rstrip("/")
+    path = os.path.abspath(decode_path(text))
+    return encode_path(b"/" + path.lstrip(b"/"))  # POSIX leaves two slashes at the beginning as they are
 
 
 def filesystem_of(name: str) -> tuple[fs.FileSystem, str]:

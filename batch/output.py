@@ -21,7 +21,7 @@ from pyarrow import fs
 
 from batch.errors import JobError, OutputError, first_line
 from batch.lease import LeaseLostError, LeaseTakenError, lease
-from batch.location import filesystem_of
+from batch.location import filesystem_of, is_remote
 
 __all__ = ["Output", "Run"]
 
@@ -134,12 +134,17 @@ class Output:
         """What `_summary.json` says.
 
         Raises:
-            OutputError: there is none.
+            OutputError: there is none, or it is damaged.
         """
         text = self._read(SUMMARY_FILE)
         if text is None:
             raise OutputError(f"{self.name} is not a finished output: it has no {SUMMARY_FILE}")
-        return dict(json.loads(text))
+        try:
+            summary = dict(json.loads(text))
+            _run_from(summary["run"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{self.name}: {SUMMARY_FILE} is damaged; --overwrite starts anew") from error
+        return summary
 
     def files(self) -> list[str]:
         """Paths of the final Parquet files."""
@@ -156,6 +161,8 @@ class Output:
         Raises:
             OutputError: something does.
         """
+        if not is_remote(self.name) and not self.name.startswith("/"):
+            raise OutputError(f"{self.name} is no name in UTF-8; give another directory for the output")
         if self.filesystem.get_file_info(self.base).type is fs.FileType.File:
             raise OutputError(f"{self.name} is a file; give a directory for the output")
         names = [info.base_name for info in self.list("")]
@@ -182,6 +189,7 @@ class Output:
 
     def clear(self) -> None:
         """Deletes what this program wrote there, and nothing else."""
+        self.clear_run()
         for info in self.list(""):
             if _OURS.fullmatch(info.base_name):
                 _delete(self.filesystem, info)
@@ -253,12 +261,16 @@ class Output:
     def _local_lock(self) -> Iterator[Callable[[], None]]:
         descriptor = os.open(self.base, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(descriptor)
             yield lambda: None
-        except BlockingIOError:
-            raise self._in_use() from None
         finally:
             os.close(descriptor)
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._in_use() from None
 
     @contextlib.contextmanager
     def _lease(self) -> Iterator[Callable[[], None]]:

@@ -99,13 +99,18 @@ def publish(output: Output, run: Run, parts: list[Part]) -> None:
     seen = np.zeros(run.inputs, bool)
     schema = FINAL_SCHEMA.with_metadata(file_metadata(run))
     for number, table in enumerate(_tables(output, parts)):
-        seen[table["id"].to_numpy() - run.first_id] = True
+        places = table["id"].to_numpy() - run.first_id
+        if places.min() < 0 or places.max() >= run.inputs:
+            raise IncompleteError(f"{output.name} holds outcomes of another run; --overwrite starts anew")
+        seen[places] = True
         name = f"{output.staging}/faces-{run.id}-{number:05}.parquet"
         with output.filesystem.open_output_stream(name) as stream:
             pq.write_table(table.replace_schema_metadata(schema.metadata), stream, compression="zstd")
         output.sync(name)
     if not seen.all():
-        raise IncompleteError(f"{np.count_nonzero(~seen)} of {run.inputs} inputs have no outcome")
+        raise IncompleteError(
+            f"{np.count_nonzero(~seen)} of {run.inputs} inputs have no outcome; --overwrite starts anew"
+        )
     for info in output.list("_run/staging"):
         output.filesystem.move(info.path, output.path(info.base_name))
     output.sync(output.base)

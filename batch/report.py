@@ -15,6 +15,7 @@ from PIL import Image
 
 from agegender import AgeGenderError, decode_image
 from agegender.image import quiet_pillow
+from batch.errors import OutputError
 from batch.location import read_bytes
 from batch.output import REPORT_FILE, Output
 
@@ -48,6 +49,8 @@ def write_report(output: Output) -> str:
     """
     quiet_pillow()
     summary = output.summary()
+    if output.finished() is None:
+        raise OutputError(f"{output.name} is not a finished output: a run is adding to it, or was stopped at that")
     gathered = _Gathered()
     for batch in _batches(output):
         gathered.add(batch)

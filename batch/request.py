@@ -46,8 +46,7 @@ class ScoreOptions:
 
         if self.max_pixels < 1:
             raise ValueError("max_pixels must be at least 1")
-        if self.faces == "detect":
-            FaceDetector(min_score=self.min_score, max_faces=self.max_faces)
+        FaceDetector(min_score=self.min_score, max_faces=self.max_faces)
 
     def predictor(self, model: Any, **arguments: Any) -> "Predictor":
         """The chain with these options, and more arguments of `Predictor`."""

@@ -5,7 +5,7 @@ import hashlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from importlib import import_module
@@ -15,7 +15,7 @@ from typing import Final
 
 import pyarrow.parquet as pq
 
-from batch.errors import JobError, OutputError, RequestError, SourceError, TooManyBadError
+from batch.errors import JobError, OutputError, RequestError, SourceError, TooManyBadError, reason_of
 from batch.listing import Listing, blocks_of, digest
 from batch.location import normalize
 from batch.output import Output, Run, now
@@ -56,17 +56,33 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
     if request.dry_run:
         from batch.preview import preview
 
+        if request.mode == "append" and output.finished() is not None:
+            listing.known = _known_digests(output)
         preview(request, listing, say)
         return
     output.check_writable()
     with output.locked() as still_held, ThreadPoolExecutor(1) as aside:
         wanted, model = _identify(request, listing)
-        with _engine(request, output, aside):
+        with _engine(request, output, aside), _told(request):
             if request.mode == "overwrite":
+                _require_inputs(listing)
                 output.clear()
             run = _settle(output, wanted, listing, request, say)
             if run is not None:
                 _finish(output, run, model, request, say, started, still_held)
+
+
+@contextlib.contextmanager
+def _told(request: Request) -> Iterator[None]:
+    """What a disk or an object store refuses in the middle ends the run like any other failure."""
+    try:
+        yield
+    except OSError as error:
+        raise JobError(f"{reason_of(error)}; {_stays(request)}") from error
+
+
+def _stays(request: Request) -> str:
+    return f"what is done stays done, and {same_command(request.mode)} goes on"
 
 
 def _engine(request: Request, output: Output, aside: Executor) -> contextlib.AbstractContextManager[None]:
@@ -129,10 +145,14 @@ def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say
         return interrupted
     finished = output.finished()
     if finished is None:
+        if output.files() and request.mode != "overwrite":
+            raise OutputError(
+                f"{output.name} holds results of a run that is not there any more; "
+                "give another output directory, or --overwrite to replace them"
+            )
         output.clear()  # what is there is a listing that was interrupted
         if (run := _begin(output, wanted, listing, say)) is None:
-            reason = "; all were left out" if listing.excluded else ""
-            raise SourceError(f"found no files in {', '.join(listing.sources)}{reason}")
+            raise _no_files(listing)
         return run
     if request.mode == "append":
         return _append(output, finished, wanted, listing, say)
@@ -146,6 +166,18 @@ def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say
     return None
 
 
+def _require_inputs(listing: Listing) -> None:
+    """Looks for one input, so that nothing is deleted for a name that was mistyped."""
+    look = replace(listing, known=set(), excluded=Counter())
+    if next(iter(look), None) is None:
+        raise _no_files(look)
+
+
+def _no_files(listing: Listing) -> SourceError:
+    reason = "; all were left out" if listing.excluded else ""
+    return SourceError(f"found no files in {', '.join(listing.sources)}{reason}")
+
+
 def _require_same(output: Output, old: Run, wanted: Run, what: str) -> None:
     if (difference := old.difference(wanted)) is not None:
         raise OutputError(
@@ -156,6 +188,7 @@ def _require_same(output: Output, old: Run, wanted: Run, what: str) -> None:
 
 def _append(output: Output, finished: Run, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run | None:
     _require_same(output, finished, replace(wanted, sources=finished.sources), "a finished run")
+    output.clear_run()  # of a run that ended while it tidied up, or while it listed
     listing.known = _known_digests(output)
     sources = [*finished.sources, *(source for source in wanted.sources if source not in finished.sources)]
     first_id = output.summary()["inputs"]
@@ -238,7 +271,7 @@ def _score(output: Output, run: Run, model: bytes, request: Request, watch: "_Wa
     try:
         score_manifest(output, request.options, model, request.resources, watch.see)
     except JobError as error:
-        raise JobError(f"{error}; what is done stays done, and {same_command(request.mode)} goes on") from error
+        raise JobError(f"{error}; {_stays(request)}") from error
     finally:
         watch.close()
 

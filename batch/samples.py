@@ -11,19 +11,20 @@ _PHOTOGRAPHS: Final = (("skimage", "data/astronaut.png"), ("matplotlib", "mpl-da
 
 
 def write_samples(folder: Path) -> None:
-    """Writes two photographs, a broken one and a text file.
+    """Writes two photographs, a broken one and a text file, each where there is no file of its name yet.
 
     Raises:
         ModuleNotFoundError: a package that carries a photograph is not installed.
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data = b""
-    for package, name in _PHOTOGRAPHS:
-        data = _package_file(package, name).read_bytes()
-        (folder / Path(name).name).write_bytes(data)
-    (folder / "broken.jpg").write_bytes(data[: len(data) // 2])
-    (folder / "notes.txt").write_text("This is no photograph. It shows how other files are reported.\n")
+    samples = {Path(name).name: _package_file(package, name).read_bytes() for package, name in _PHOTOGRAPHS}
+    grace_hopper = samples["grace_hopper.jpg"]
+    samples["broken.jpg"] = grace_hopper[: len(grace_hopper) // 2]
+    samples["notes.txt"] = b"This is no photograph. It shows how other files are reported.\n"
+    for name, data in samples.items():
+        if not (folder / name).exists():
+            (folder / name).write_bytes(data)
 
 
 def _package_file(package: str, name: str) -> Path:

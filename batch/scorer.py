@@ -48,6 +48,7 @@ class Scorer:
         self._report = BlockReport()
         self._input_s: dict[str, float] = {}
         self._input = ""
+        self._told = -math.inf
         predictor = partial(options.predictor, threads=1, on_stage=self._on_stage)
         if models:
             self._predictor = predictor(RemoteModel(list(models)), batch_size=BATCH_SIZE)
@@ -66,16 +67,19 @@ class Scorer:
         careful, fatal = self._tally.begin(number)
         errors = [_DIED if path in fatal else error for path, error in zip(paths, block["errors"], strict=True)]
         self._report, self._input_s = BlockReport(), {}
-        reported = -math.inf  # the first result is told of at once
+        self._told = -math.inf  # the first result is told of at once
         results = score(self._predictor, paths, errors, lambda path: self._read(number, path, careful))
         for id_, result in enumerate(results, block["first_id"]):
             self._report.statuses[result.status] += 1
             yield from ({"block": number, "id": id_, **row} for row in to_rows(result))
-            if time.monotonic() - reported > _REPORT_EVERY_S:
-                self._tally.report(number, self._report)
-                reported = time.monotonic()
+            self._tell(number)
         self._report.add(BlockReport(slowest=[(seconds, path) for path, seconds in self._input_s.items()]))
         self._tally.report(number, self._report, done=True)
+
+    def _tell(self, block: int) -> None:
+        if time.monotonic() - self._told > _REPORT_EVERY_S:
+            self._tally.report(block, self._report)
+            self._told = time.monotonic()
 
     def _read(self, block: int, path: str, careful: bool) -> bytes:
         if careful:

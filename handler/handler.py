@@ -157,8 +157,8 @@ def _headers(context: Any, index: int) -> dict[str, str]:
 def _parse(row: Mapping[str, Any], headers: Mapping[str, str]) -> Any:
     try:
         return parse_request(row, headers)
-    except RequestError as error:
-        return error
+    except RequestError as error:  # without its traceback, which would keep the request's parsed JSON
+        return RequestError(error.status, error.code, error.message)
     except Exception:  # see AgeGenderHandler._predict
         _log.exception("unexpected failure while a request was read")
         return _INTERNAL

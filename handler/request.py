@@ -22,6 +22,8 @@ MAX_FACES: Final = 1000
 MAX_FACES_OF_ALL: Final = 6400
 _MAX_NAME: Final = 1024
 
+_MAX_JSON_PARTS: Final = 10_000  # parsed, a body of small parts takes twenty times its size
+
 _BODY: Final = "body"  # TorchServe's name for a body that is no form
 
 
@@ -138,9 +140,11 @@ def parse_request(row: Mapping[str, Any], headers: Mapping[str, str]) -> Request
     Raises:
         RequestError: 400 for a request that makes no sense, 413 for one that is too large.
     """
-    if _BODY in row and _is_json(row[_BODY], headers.get("content-type", "")):
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_form = content_type == "multipart/form-data"  # which may have a field of that name
+    if _BODY in row and not is_form and _is_json(row[_BODY], content_type):
         request = _from_json(row)
-    elif _BODY in row:
+    elif _BODY in row and not is_form:
         request = Request((_image(row[_BODY], ""),), _options(row), "object")
     else:
         _check_all_parts_arrived(row, headers)
@@ -152,7 +156,7 @@ def parse_request(row: Mapping[str, Any], headers: Mapping[str, str]) -> Request
 
 def _is_json(body: Any, content_type: str) -> bool:
     """Whether TorchServe decoded the body, or was told that it is JSON."""
-    return isinstance(body, dict | list) or content_type.partition(";")[0].strip().lower() == "application/json"
+    return isinstance(body, dict | list) or content_type == "application/json"
 
 
 def _check_all_parts_arrived(row: Mapping[str, Any], headers: Mapping[str, str]) -> None:
@@ -197,6 +201,7 @@ def _from_json(row: Mapping[str, Any]) -> Request:
 
 def _document(body: Any) -> dict[str, Any]:
     if isinstance(body, bytes | bytearray | str):
+        _check_parts(body.encode(errors="replace") if isinstance(body, str) else body)
         try:
             body = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -205,6 +210,12 @@ def _document(body: Any) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise RequestError(400, "bad_json", f"the JSON body must be an object; {_JSON_HELP}")
     return body
+
+
+def _check_parts(body: bytes | bytearray) -> None:
+    """Base64 has none of these signs."""
+    if sum(map(body.count, (b"{", b"[", b","))) > _MAX_JSON_PARTS:
+        raise RequestError(413, "too_large", f"the JSON body has over {_MAX_JSON_PARTS} parts; send several requests")
 
 
 def _parameters(document: Mapping[str, Any]) -> dict[str, Any]:

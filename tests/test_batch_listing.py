@@ -1,13 +1,17 @@
 """Sources -> manifest: what is found, what is left out, how it is numbered; and names <-> paths."""
 
+import codecs
+import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import fs
 
 from batch.errors import SourceError
 from batch.listing import MANIFEST_SCHEMA, Input, Listing, block_size, blocks_of
@@ -31,6 +35,12 @@ def test_a_name_is_the_path_itself_unless_it_is_not_utf_8() -> None:
     assert encode_path("/tmp/café %41.jpg".encode()) == "/tmp/café %41.jpg"
     assert encode_path(b"/tmp/caf\xe9 %41.jpg") == "file:///tmp/caf%E9%20%2541.jpg"
     assert normalize("file:///tmp/caf%C3%A9.jpg") == "/tmp/café.jpg"
+
+
+def test_a_path_has_one_slash_at_its_beginning_and_is_not_empty() -> None:
+    assert normalize("//tmp/a") == normalize("///tmp/a") == "/tmp/a"
+    with pytest.raises(ValueError, match="empty name"):
+        normalize("")
 
 
 def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +83,19 @@ def test_links_to_directories_are_counted_or_entered_once(folder: Path) -> None:
     assert len(followed) == len(set(followed)) == 5
     assert str(folder / "b/two.jpg") in followed
     assert str(folder / "elsewhere/four.jpg") in followed
+
+
+def test_a_directory_keeps_its_own_name_beside_links_to_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes first in the directory, or --append would take its files for new ones."""
+    (folder / "a").symlink_to(folder / "b")
+    real = os.scandir
+
+    def scandir(path: bytes) -> Any:
+        return contextlib.nullcontext(sorted(real(path), key=lambda entry: entry.name))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert str(folder / "b/two.jpg") in names(folder, follow_links=True)
+    assert not any("/a/" in name for name in names(folder, follow_links=True))
 
 
 def test_a_directory_that_cannot_be_listed_is_an_input_with_an_error(
@@ -138,6 +161,8 @@ def test_lists_of_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = folder / "list.txt"
     text.write_bytes(b"one.jpg\r\n\nfile:///gone%0A.jpg\n/caf\xe9.jpg\none.jpg\ns3://bucket/a b%.jpg")
     assert names(text) == expected
+    text.write_bytes(codecs.BOM_UTF8 + text.read_bytes())
+    assert names(text) == expected
     table = folder / "list.parquet"
     pq.write_table(pa.table({"path": [*expected, expected[0]]}), table)
     assert names(table) == expected
@@ -161,7 +186,10 @@ def test_sources_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
         names("nonsense://bucket/a")
     wrong = tmp_path / "list.parquet"
     pq.write_table(pa.table({"file": ["a"]}), wrong)
-    with pytest.raises(SourceError, match="no column `path`, only file"):
+    with pytest.raises(SourceError, match="must have one column `path`; it has file"):
+        names(wrong)
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["path", "path"]), wrong)
+    with pytest.raises(SourceError, match="must have one column `path`; it has path, path"):
         names(wrong)
     pq.write_table(pa.table({"path": [1, 2]}), wrong)
     with pytest.raises(SourceError, match="holds int64; it must hold text"):
@@ -169,6 +197,32 @@ def test_sources_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
     wrong.write_bytes(b"PAR1")
     with pytest.raises(SourceError, match="cannot be read"):
         names(wrong)
+
+
+def test_a_source_that_may_not_be_looked_at_is_not_said_to_be_missing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stat(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(SourceError, match=r"cannot be reached: .*Permission denied"):
+        Listing([str(folder)]).check()
+
+
+def test_two_slashes_in_a_key_lead_round_in_no_circle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow gives the directory itself among its entries then."""
+
+    class Store:
+        def get_file_info(self, asked: Any) -> Any:
+            if isinstance(asked, str):
+                return fs.FileInfo(asked, fs.FileType.Directory)
+            return [fs.FileInfo("b/in", fs.FileType.Directory), fs.FileInfo("b/in/1.jpg", fs.FileType.File)]
+
+    monkeypatch.setattr("batch.listing.filesystem_of", lambda _: (Store(), "b/in"))
+    slashes, file = Listing(["s3://b/in"])
+    assert (slashes.path, file.path) == ("s3://b/in//", "s3://b/in/1.jpg")
+    assert slashes.error
 
 
 @given(st.integers(0, 3000), st.integers(0, 10**9))

@@ -1,6 +1,7 @@
 """What a run does to its output directory, with an engine of this process in Ray's place."""
 
 import contextlib
+import errno
 import inspect
 import io
 import json
@@ -27,7 +28,7 @@ from batch.errors import IncompleteError, JobError, OutputError, SourceError, To
 from batch.listing import Input, blocks_of
 from batch.output import Output
 from batch.progress import BlockReport, Progress, Tally, bad_count
-from batch.publish import committed_parts
+from batch.publish import committed_parts, publish
 from batch.report import write_report
 from batch.request import Request, Resources, ScoreOptions
 from batch.run import run_batch
@@ -252,6 +253,50 @@ def test_an_append_that_ended_while_it_began_goes_on(
     assert len(pd.read_parquet(request_.out)) == 51
 
 
+def test_an_append_takes_nothing_from_a_run_that_ended_while_it_tidied_up(
+    request_: Request, engine: Engine, said: list[str], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parts have the numbers of the new run's blocks."""
+    with monkeypatch.context() as patch:
+        run_file = Path(request_.out) / "_run" / "run.json"
+        patch.setattr(Output, "clear_run", lambda _: run_file.unlink(missing_ok=True))
+        run_batch(request_, said.append)
+    assert Output(request_.out).finished()
+    assert list((Path(request_.out) / "_run" / "parts").iterdir())
+    late = [source / f"late{number:02}.png" for number in range(50)]
+    for path in late:
+        path.write_bytes(b"words")
+    run_batch(replace(request_, mode="append"), said.append)
+    table = pd.read_parquet(request_.out)
+    assert len(table) == table["path"].nunique() == table["id"].nunique() == 100
+    assert set(map(str, late)) <= set(table["path"])
+
+
+def test_outcomes_of_another_run_are_not_published(request_: Request, engine: Engine, said: list[str]) -> None:
+    engine.stop_after = 3
+    with pytest.raises(JobError):
+        run_batch(request_, said.append)
+    output = Output(request_.out)
+    run = output.run()
+    assert run
+    for other in (replace(run, first_id=8), replace(run, inputs=16)):
+        with pytest.raises(IncompleteError, match="of another run"):
+            publish(output, other, committed_parts(output)[0])
+
+
+def test_results_that_have_lost_their_run_are_not_deleted_without_a_word(
+    request_: Request, engine: Engine, said: list[str]
+) -> None:
+    run_batch(request_, said.append)
+    for name in ("_SUCCESS", "_summary.json"):
+        (Path(request_.out) / name).unlink()
+    with pytest.raises(OutputError, match="or --overwrite to replace them"):
+        run_batch(request_, said.append)
+    assert len(pd.read_parquet(request_.out)) == 50
+    run_batch(replace(request_, mode="overwrite"), said.append)
+    assert Output(request_.out).finished()
+
+
 def test_a_run_that_a_power_cut_left_in_pieces_begins_anew(request_: Request, engine: Engine, said: list[str]) -> None:
     engine.stop_after = 1
     with pytest.raises(JobError):
@@ -268,6 +313,52 @@ def test_overwrite_starts_anew(request_: Request, engine: Engine, said: list[str
     run_batch(replace(request_, mode="overwrite", options=replace(WHOLE, max_bytes=10**6)), said.append)
     assert len(pd.read_parquet(request_.out)) == 49
     assert len(list(Path(request_.out).glob("faces-*"))) == 1
+
+
+def test_overwrite_deletes_nothing_for_a_name_without_files(request_: Request, engine: Engine, said: list[str]) -> None:
+    run_batch(request_, said.append)
+    mistyped = (f"{request_.sources[0]}/*.pgn",)
+    with pytest.raises(SourceError, match="found no files"):
+        run_batch(replace(request_, sources=mistyped, mode="overwrite"), said.append)
+    assert len(pd.read_parquet(request_.out)) == 50
+
+
+def test_an_overwrite_that_was_killed_while_it_deleted_leaves_no_run(
+    request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.stop_after = 1
+    with pytest.raises(JobError):
+        run_batch(request_, said.append)
+    deleted: list[str] = []
+
+    def killed(_: Any, info: Any) -> None:
+        deleted.append(info.base_name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("batch.output._delete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_batch(replace(request_, mode="overwrite"), said.append)
+    assert deleted == ["run.json"]
+
+
+def test_a_disk_that_fills_up_beside_the_engine_is_told_like_one_inside(
+    request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Output, "finish", full)
+    with pytest.raises(JobError, match=r"the disk is full; .* the same command goes on"):
+        run_batch(request_, said.append)
+
+
+@pytest.mark.parametrize("text", ["{}", "{", '{"run": {}}'])
+def test_a_damaged_summary_is_told_of(request_: Request, engine: Engine, said: list[str], text: str) -> None:
+    run_batch(request_, said.append)
+    (Path(request_.out) / "_summary.json").write_text(text)
+    for call in (lambda: run_batch(request_, said.append), lambda: write_report(Output(request_.out))):
+        with pytest.raises(OutputError, match=r"_summary\.json is damaged"):
+            call()
 
 
 @pytest.mark.parametrize("mode", ["resume", "append", "overwrite"])
@@ -294,6 +385,25 @@ def test_what_is_wrong_is_said_before_anything_begins(
     with pytest.raises(SourceError, match="found no files"):
         run_batch(replace(request_, sources=(str(tmp_path / "empty"),)), said.append)
     assert not engine.calls
+
+
+def test_an_output_whose_name_is_not_utf_8_is_refused(request_: Request, engine: Engine, said: list[str]) -> None:
+    with pytest.raises(OutputError, match="no name in UTF-8"):
+        run_batch(replace(request_, out=f"{request_.out}\udcff"), said.append)
+
+
+def test_an_engine_that_stands_still_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    patience = batch.job._Patience()
+    for minutes in range(0, 100, 20):  # a file is read now and then
+        now[0] = 60.0 * minutes
+        patience.look(BlockReport(stages_s={"read": float(minutes)}))
+    now[0] += 60 * 29
+    patience.look(BlockReport(stages_s={"read": 80.0}))
+    now[0] += 60 * 2
+    with pytest.raises(JobError, match="no input was read or done for 30 minutes"):
+        patience.look(BlockReport(stages_s={"read": 80.0}))
 
 
 def test_two_runs_do_not_share_an_output(request_: Request, engine: Engine, said: list[str]) -> None:
@@ -340,6 +450,27 @@ def test_dry_run_counts_and_writes_nothing(request_: Request, engine: Engine, sa
     assert ".png" in text
     assert "not_image" in text
     assert "about" in text
+
+
+def test_a_dry_run_of_an_append_counts_what_is_new(
+    request_: Request, engine: Engine, said: list[str], source: Path
+) -> None:
+    run_batch(request_, said.append)
+    (source / "late.png").write_bytes(b"words")
+    run_batch(replace(request_, mode="append", dry_run=True), said.append)
+    assert any(text.startswith("1 files in ") for text in said)
+
+
+def test_no_report_of_an_output_that_is_being_added_to(
+    request_: Request, engine: Engine, said: list[str], source: Path
+) -> None:
+    run_batch(request_, said.append)
+    (source / "late.png").write_bytes(b"words")
+    engine.stop_after = 0
+    with pytest.raises(JobError):
+        run_batch(replace(request_, mode="append"), said.append)
+    with pytest.raises(OutputError, match="a run is adding to it"):
+        write_report(Output(request_.out))
 
 
 def test_the_report_is_one_page_that_escapes_what_it_shows(
@@ -437,6 +568,20 @@ def test_samples_are_two_photographs_and_two_files_that_are_none(tmp_path: Path,
     paths = sorted(map(str, tmp_path.iterdir()))
     results = score(predictor, paths, [None] * len(paths), lambda path: Path(path).read_bytes())
     assert sorted(result.status for result in results) == ["not_image", "ok", "ok", "unreadable"]
+
+
+def test_samples_replace_no_file_and_stay_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    write_samples(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    monkeypatch.chdir(tmp_path)
+    assert main(["--samples", "s3://bucket/in", "out"]) == 2
+    assert "a directory of this machine" in capsys.readouterr().err
+    assert not Path("s3:").exists()
+    assert main(["--samples", "new", "out", "--dry-run"]) == 2
+    assert not Path("new").exists()
 
 
 def test_scoring_keeps_order_and_puts_each_failure_in_its_place(predictor: Predictor, group_jpeg: bytes) -> None:

@@ -1,6 +1,7 @@
 """The client against a scripted HTTP server: what it repeats, what it does not, and what it says."""
 
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ OLD_KEY = {"code": 400, "type": "InvalidKeyException", "message": "Token Authori
 
 @dataclass
 class Script:
-    """A server that gives the next of its answers to each request: status and JSON, `close`, or `silence`.
+    """A server that gives the next of its answers to each request: status, JSON and headers; `close`; or `silence`.
 
     An answer that is a function gives one, when the request has arrived.
     """
@@ -73,10 +74,12 @@ def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
                 script.ended.wait(timeout=60)
                 self.close_connection = True
                 return
-            status, document = answer
+            status, document, *headers = answer
             text = document if isinstance(document, bytes) else json.dumps(document).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))
+            for name, value in headers:
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(text)
 
@@ -128,6 +131,16 @@ def test_options_and_key_are_sent(scripted: Any, connect: Any) -> None:
 def test_what_the_server_did_not_take_is_sent_again(scripted: Any, connect: Any, failure: Any) -> None:
     script = scripted(failure, failure, (200, ANSWER))
     assert connect(script).predict([b"1"]) == [RESULT]
+    assert len(script.requests) == 3
+
+
+def test_a_server_that_wants_to_be_asked_in_an_hour_is_not_waited_for(scripted: Any, connect: Any) -> None:
+    later = ("Retry-After", "3600")
+    script = scripted((503, {}, later), (200, ANSWER), (429, {}, later))
+    client = connect(script)
+    assert client.predict([b"1"]) == [RESULT]
+    with pytest.raises(ServerError, match="status 429"):
+        client.predict([b"1"])
     assert len(script.requests) == 3
 
 
@@ -185,6 +198,31 @@ def test_threads_that_were_refused_at_once_all_take_the_new_key(scripted: Any, c
     client = connect(script, key="old", key_file=keys)
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lambda data: client.predict([data]), [b"1", b"2"])) == [[RESULT], [RESULT]]
+
+
+def test_a_key_may_come_with_its_line_end(scripted: Any, connect: Any) -> None:
+    script = scripted((200, ANSWER))
+    connect(script, key="k\n").predict([b"1"])
+    assert script.requests[0][1] == "Bearer k"
+
+
+def test_the_key_file_here_is_for_this_machine_alone(
+    scripted: Any, connect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("key_file.json").write_text(json.dumps({"inference": {"key": "here"}}))
+    script = scripted((200, ANSWER), (200, ANSWER))
+    connect(script, key=None).predict([b"1"])
+    script.address = script.address.replace("127.0.0.1", "localhost.localdomain.")
+    monkeypatch.setattr("socket.getaddrinfo", _everything_is_here(script))
+    connect(script, key=None).predict([b"1"])
+    assert [key for _, key, _ in script.requests] == ["Bearer here", None]
+
+
+def _everything_is_here(script: Script) -> Callable[..., Any]:
+    """A name service that knows every name as the scripted server."""
+    port = int(script.address.rpartition(":")[2])
+    return lambda *_, **__: [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port))]
 
 
 def test_an_image_that_fails_carries_its_error(scripted: Any, connect: Any) -> None:

@@ -130,7 +130,7 @@ def test_faces_of_any_size_are_found(face_px, detector, astronaut_pixels):
     pixels = np.full((max(480, side), max(640, side), 3), 128, np.uint8)
     pixels[:side, :side] = resized(astronaut_pixels, side, side)
     if face_px < 100:
-        assert max(pixels.shape) <= module.DETECTOR_SIDE_PX  # so that the size is the one that the detector sees
+        assert max(pixels.shape) <= module._SIDE_PX  # so that the size is the one that the detector sees
     (face,) = detector.detect(pixels)
     assert face.box[2] - face.box[0] == pytest.approx(face_px, rel=0.15)
 

@@ -126,6 +126,19 @@ def test_a_failure_of_ours_is_told_to_the_log_alone(
     assert "secret" not in texts[0]
 
 
+def test_an_error_keeps_nothing_of_its_request(
+    handler: AgeGenderHandler, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its traceback would keep the parsed body until the whole batch is answered."""
+    errors: list[Any] = []
+    finish = handler._finish
+    monkeypatch.setattr(handler, "_finish", lambda answer, *rest: errors.append(answer) or finish(answer, *rest))
+    context.headers[0] = {"Content-Type": "application/json"}
+    handler.handle([{"body": b'{"instances": [{}]}'}], context)
+    assert context.statuses[0] == 400
+    assert (errors[0].__traceback__, errors[0].__cause__, errors[0].__context__) == (None, None, None)
+
+
 def test_while_stopping_new_requests_are_turned_away(
     handler: AgeGenderHandler, context: Context, unpacked: Path, group_jpeg: bytes
 ) -> None:

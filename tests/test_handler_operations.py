@@ -102,7 +102,8 @@ def test_run_serves_until_it_is_told_to_stop(
 ) -> None:
     server = new_server()
     command = [sys.executable, "-m", "handler", "run", "--config", str(server.config), "--timeout", "300"]
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    # The environment may name other settings, which TorchServe would take.
+    environment = {**os.environ, "PYTHONPATH": str(repository), "TS_CONFIG_FILE": "other.properties"}
     process = subprocess.Popen(command, cwd=server.directory, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     assert "READY" in process.stdout.readline()

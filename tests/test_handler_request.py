@@ -60,7 +60,9 @@ def test_json_is_known_by_its_type_whatever_the_spelling() -> None:
     [
         ({"body": b'{"instances": ['}, JSON, 400, "bad_json"),
         ({"body": b"\xff\xfe\x00"}, JSON, 400, "bad_json"),
-        ({"body": b"[" * 100_000}, JSON, 400, "bad_json"),
+        ({"body": b"[" * 9_000}, JSON, 400, "bad_json"),
+        ({"body": b'{"instances":[' + b"{}," * 10_000 + b"{}]}"}, JSON, 413, "too_large"),
+        ({"body": "[" * 100_000}, JSON, 413, "too_large"),
         ({"body": b"9" * 10_000}, JSON, 400, "bad_json"),
         ({"body": b""}, JSON, 400, "bad_json"),
         (as_json([1]), JSON, 400, "bad_json"),
@@ -102,6 +104,12 @@ def form(parts: list[tuple[str, Any]]) -> dict[str, str]:
     """The headers of a form as urllib3 sends it."""
     body, content_type = urllib3.encode_multipart_formdata(parts)
     return {"content-type": content_type, "content-length": str(len(body))}
+
+
+def test_a_field_of_a_form_may_be_called_body() -> None:
+    parts = {"body": ("1.jpg", b"1"), "b": ("2.jpg", b"2")}
+    request = parse_request({name: data for name, (_, data) in parts.items()}, form(list(parts.items())))
+    assert [(item.path, item.data) for item in request.items] == [("body", b"1"), ("b", b"2")]
 
 
 def test_a_form_that_lost_an_image_is_refused() -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,55 @@ def test_a_server_that_ends_while_it_is_stopped_is_stopped(stopped: Server, monk
     process.communicate(b"\n")
     monkeypatch.setattr(stopped, "process", lambda: ended)
     assert stopped.stop(drain_s=0)
+
+
+@pytest.fixture
+def java(stopped: Server) -> Iterator["subprocess.Popen[bytes]"]:
+    """What looks like TorchServe's Java, in the server's directory."""
+    command = [sys.executable, "-c", "input()", "org.pytorch.serve.ModelServer"]
+    with subprocess.Popen(command, cwd=stopped.directory, stdin=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
+def test_the_server_is_found_whoever_started_it(stopped: Server, java: "subprocess.Popen[bytes]") -> None:
+    """By what it is: its own file of its number lies where its starter's temporary files are."""
+    found = stopped.process()
+    assert found
+    assert found.pid == java.pid
+    with pytest.raises(ServingError, match="runs already"):
+        stopped.start()
+
+
+def test_an_interrupt_while_it_drains_ends_the_server(
+    stopped: Server, java: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It turns requests away by then, and would for ever."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stopped, "_drain", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.stop()
+    assert java.wait(timeout=10) is not None
+
+
+def test_a_second_start_waits_for_no_first_and_harms_it_not(stopped: Server) -> None:
+    with stopped._alone(), pytest.raises(ServingError, match="is being started already"):
+        stopped.start()
+
+
+def test_errors_of_earlier_runs_are_not_told_of_this_one(stopped: Server) -> None:
+    log = stopped.directory / "logs" / "torchserve.log"
+    log.parent.mkdir()
+    log.write_text("OldError: of yesterday\n")
+    stopped._old_log_bytes = log.stat().st_size
+    assert "of yesterday" not in stopped._last_words()
+    log.write_text(log.read_text() + "NewError: of today\n")
+    assert "of today" in stopped._last_words()
+    log.write_text("NewError: short\n")  # begun anew
+    assert "short" in stopped._last_words()
 
 
 def test_an_interrupted_command_ends_without_a_traceback(stopped: Server, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -23,20 +24,31 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import training.dataset
+import training.run
 from agegender import Model, Predictor
 from training.__main__ import main
 from training.augment import augment
 from training.branch import Branch, join
-from training.cache import load_chips
+from training.cache import ChipCache, load_chips
 from training.calibrate import age_interval, calibrate
-from training.data import Labels, Rejected, near_duplicate_groups, parse_name, perceptual_hash, scan, split_samples
+from training.data import (
+    Labels,
+    Rejected,
+    Sample,
+    near_duplicate_groups,
+    parse_name,
+    perceptual_hash,
+    scan,
+    split_samples,
+)
 from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
 from training.deploy import Deployed
 from training.evaluate import EvaluateOptions
 from training.evaluate import run as evaluation
 from training.export import Artifact, check_exportable
 from training.face_resnet import FaceResNet, load_packaged_weights
-from training.loop import BEST, _validate, load_weights, read_curve, train
+from training.loop import BEST, AugmentedChips, _validate, load_weights, read_curve, train
 from training.loss import Targets, criterion, expected_age, label_targets
 from training.metrics import Scored, measure
 from training.network import AGE_BINS, Logits, Network, create_network
@@ -496,6 +508,65 @@ def test_a_network_is_not_judged_by_what_it_inherits(source: str, options: Train
     assert {read_splits(path).of(sample) for sample in faces.samples["train"]} == {"train"}
 
 
+def test_a_near_duplicate_of_what_was_inherited_is_not_tested_on(
+    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A teacher may have had one of two pictures alone."""
+    faces = load_faces(options)
+    first, second = faces.samples["test"][:2]
+    path = splits_path(tmp_path / ARTIFACT)
+    path.write_text(f"digest,split\n{first.digest[:16]},train\n")
+    heir = replace(options, teacher=(tmp_path,))
+    assert second.digest in {sample.digest for sample in load_faces(heir).samples["test"]}
+    groups = training.dataset._groups
+
+    def joined(samples: list[Sample], chips: ChipCache) -> Any:
+        found = groups(samples, chips)
+        places = {sample.digest: place for place, sample in enumerate(samples)}
+        found[places[second.digest]] = found[places[first.digest]]
+        return found
+
+    monkeypatch.setattr(training.dataset, "_groups", joined)
+    assert not {first.digest, second.digest} & {sample.digest for sample in load_faces(heir).samples["test"]}
+
+
+def test_weights_that_do_not_say_what_they_were_trained_on_are_refused(options: TrainOptions, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"agegender\.splits\.csv is missing"):
+        load_faces(replace(options, checkpoint=(tmp_path / BEST,)))
+
+
+def test_statistics_are_of_all_ages(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names begin with the age, so the first pictures are of the youngest, and of the oldest as texts are sorted."""
+    faces = load_faces(options)
+    read: list[Sample] = []
+    monkeypatch.setattr(training.run, "_STATISTICS", 8)
+    monkeypatch.setattr(ChipCache, "read", lambda _, samples: read.extend(samples) or np.zeros((1, 8, 8, 3), np.uint8))
+    training.run._sample(faces, options)
+    assert len(read) == 8
+    order = [sample.path for sample in faces.samples["train"]]
+    assert order.index(read[-1].path) > len(order) / 2
+
+
+def test_augmented_chips_travel_without_their_pixels(options: TrainOptions) -> None:
+    faces = load_faces(options)
+    chips = AugmentedChips(faces.samples["train"], faces.train_chips, options.size, seed=0, epoch=0)
+    sent = pickle.dumps(chips)
+    assert len(sent) < faces.train_chips.path.stat().st_size / 10
+    pixels, _ = pickle.loads(sent)[3]
+    np.testing.assert_array_equal(pixels, chips[3][0])
+
+
+def test_a_picture_that_could_not_be_cut_is_tried_again(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.cache.cut_chip", fail)
+        with pytest.raises(ValueError, match="too few usable pictures"):
+            load_faces(replace(options, max_samples=20))
+    assert load_faces(replace(options, max_samples=20)).samples["train"]
+
+
 def test_packaged_face_weights_are_dlibs() -> None:
     """Features of a smooth pattern, as dlib's definition of the network has them for the same weights."""
     backbone = FaceResNet().eval()
@@ -738,6 +809,7 @@ def test_other_files_than_weights_are_a_clear_error(content: bytes, tmp_path: Pa
 def test_sources_without_weights_are_a_clear_error(source: str, options: TrainOptions, tmp_path: Path) -> None:
     (tmp_path / BEST).write_bytes(b"")
     (tmp_path / "options.json").write_text("{}")
+    write_splits(load_faces(options), splits_path(tmp_path / ARTIFACT))
     path = tmp_path / BEST if source == "checkpoint" else tmp_path
     with pytest.raises(ValueError, match=r"best\.pt holds no weights of a training"):
         run(replace(options, precision="float32", **{source: (path,)}))

@@ -5,6 +5,7 @@ the chip's geometry, the source of the core's modules, the detector's weights an
 """
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -26,7 +27,9 @@ from tqdm import tqdm
 import agegender.chips
 import agegender.detector
 import agegender.image
-from agegender import AgeGenderError, FaceDetector, cut_chip, decode_image
+from agegender import AgeGenderError, FaceDetector, cut_chip
+from agegender.detector import DECODE_SIDE_PX
+from agegender.image import read_header
 from training.data import Rejected, Sample
 
 __all__ = ["ChipCache", "cutting_version", "load_chips"]
@@ -80,7 +83,7 @@ def load_chips(
     rows = {digest: row for digest, row in known.items() if isinstance(row, int)}
     for sample in samples:
         if sample.digest not in rows:
-            rejected.reasons[sample.path] = str(known[sample.digest])
+            rejected.reasons[sample.path] = str(known.get(sample.digest, "could not be read or cut this time"))
     return [sample for sample in samples if sample.digest in rows], ChipCache(folder / "chips.npy", rows)
 
 
@@ -102,7 +105,11 @@ def _read_index(folder: Path) -> dict[str, int | str]:
 
 
 def _extend(
-    folder: Path, known: dict[str, int | str], missing: Sequence[Sample], cut: "partial[_Chip | str]", size_px: int
+    folder: Path,
+    known: dict[str, int | str],
+    missing: Sequence[Sample],
+    cut: "partial[_Outcome]",
+    size_px: int,
 ) -> dict[str, int | str]:
     """Writes a larger array and index beside the old ones, then puts them in place: array first, index last.
 
@@ -116,8 +123,10 @@ def _extend(
         chips[:old] = np.load(folder / "chips.npy", mmap_mode="r")[:old]
     index, row = dict(known), old
     for sample, chip in zip(missing, _cut_all(missing, cut), strict=True):
-        index[sample.digest] = chip if isinstance(chip, str) else row
-        if not isinstance(chip, str):
+        if isinstance(chip, str):
+            index[sample.digest] = chip
+        elif chip is not None:
+            index[sample.digest] = row
             chips[row] = chip
             row += 1
     chips.flush()
@@ -127,10 +136,11 @@ def _extend(
     return index
 
 
-_Chip = npt.NDArray[np.uint8]
+# The chip of a picture's largest face, or the reason why there is none; None where the next run should try again.
+_Outcome = npt.NDArray[np.uint8] | str | None
 
 
-def _cut_all(samples: Sequence[Sample], cut: "partial[_Chip | str]") -> Iterator[_Chip | str]:
+def _cut_all(samples: Sequence[Sample], cut: "partial[_Outcome]") -> Iterator[_Outcome]:
     paths = [sample.path for sample in samples]
     bar = partial(tqdm, total=len(samples), desc="cutting chips", unit="img", mininterval=1)
     if len(samples) <= _FEW:
@@ -141,11 +151,17 @@ def _cut_all(samples: Sequence[Sample], cut: "partial[_Chip | str]") -> Iterator
         yield from bar(pool.map(cut, paths, chunksize=64))
 
 
-def _cut(path: Path, *, size_px: int, margin: float) -> _Chip | str:
-    """The chip of a picture's largest face, or the reason why there is none."""
+def _cut(path: Path, *, size_px: int, margin: float) -> _Outcome:
     try:
-        pixels = decode_image(path.read_bytes())
-    except (AgeGenderError, OSError) as error:
+        pixels = read_header(path.read_bytes()).decode(min_side_px=DECODE_SIDE_PX)
+        faces = _detector().detect(pixels)
+        return cut_chip(pixels, faces[0], size_px, margin=margin) if faces else "no face found"
+    except AgeGenderError as error:
         return f"unreadable: {error}"
-    faces = FaceDetector(max_faces=1).detect(pixels)
-    return cut_chip(pixels, faces[0], size_px, margin=margin) if faces else "no face found"
+    except Exception:  # of the disk, of memory: hours of cutting do not end for one picture
+        return None
+
+
+@functools.cache
+def _detector() -> FaceDetector:
+    return FaceDetector(max_faces=1)

@@ -70,15 +70,17 @@ def load_faces(options: TrainOptions) -> Faces:
     """Scans, cuts and deals.
 
     Raises:
-        ValueError: a split would be empty, or no usable picture was found.
+        ValueError: a split would be empty, no usable picture was found, or it is not known what a teacher or checkpoint
+            was trained on.
     """
     samples, rejected = scan(options.data_dir)
     samples = _some(samples, options.max_samples, options.seed)
     cut = (options.margin, options.cache_dir, rejected)
     samples, train_chips = load_chips(samples, options.size * 5 // 4, *cut)
+    groups = _groups(samples, train_chips)
     sides = split_samples(
         samples,
-        _groups(samples, train_chips),
+        groups,
         val_frac=options.val_frac,
         test_frac=options.test_frac,
         seed=options.seed,
@@ -87,8 +89,9 @@ def load_faces(options: TrainOptions) -> Faces:
     for sample, side in zip(samples, sides, strict=True):
         splits[side].append(sample)
     inherited = _inherited(options)
+    seen = _with_doubles(samples, groups, inherited)
     for side in ("val", "test"):
-        splits[side] = _unseen(splits[side], inherited, rejected)
+        splits[side] = _unseen(splits[side], seen, rejected)
     if options.balanced_by_gender:
         splits["train"] = _balanced(splits["train"], options.max_per_gender, options.seed)
     if not all(splits.values()):
@@ -101,14 +104,24 @@ def load_faces(options: TrainOptions) -> Faces:
 def _inherited(options: TrainOptions) -> frozenset[str]:
     runs = (*options.teacher, *(path.parent for path in options.checkpoint))
     known = [read_splits(splits_path(run / ARTIFACT)).sides for run in runs]
+    for run, sides in zip(runs, known, strict=True):
+        if run.is_dir() and not sides:
+            name = splits_path(run / ARTIFACT)
+            raise ValueError(f"{name} is missing: without it nobody knows what the weights beside it were trained on")
     return frozenset(digest for sides in known for digest, side in sides.items() if side == "train")
 
 
-def _unseen(samples: list[Sample], inherited: frozenset[str], rejected: Rejected) -> list[Sample]:
+def _with_doubles(samples: list[Sample], groups: npt.NDArray[np.int64], inherited: frozenset[str]) -> frozenset[str]:
+    """What was inherited, and the near-duplicates of it."""
+    known = {group for sample, group in zip(samples, groups, strict=True) if sample.digest[:_DIGITS] in inherited}
+    return frozenset(s.digest[:_DIGITS] for s, group in zip(samples, groups, strict=True) if group in known)
+
+
+def _unseen(samples: list[Sample], seen: frozenset[str], rejected: Rejected) -> list[Sample]:
     """Leaves out what a teacher or checkpoint was trained on: the network would be judged by what it was told."""
     kept = []
     for sample in samples:
-        if sample.digest[:_DIGITS] in inherited:
+        if sample.digest[:_DIGITS] in seen:
             rejected.reasons[sample.path] = "a teacher or checkpoint was trained on it"
         else:
             kept.append(sample)

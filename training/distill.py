@@ -1,5 +1,6 @@
 """Finished runs + training chips -> what their networks say of them."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, dev
         weights = load_weights(run_dir / BEST)
     except FileNotFoundError as error:
         raise ValueError(f"the teacher {run_dir} is not the folder of a finished run: no {error.filename}") from error
+    if (loss := options.get("age_loss", "distribution")) != "distribution":
+        raise ValueError(f"the teacher {run_dir} was trained with --age-loss {loss}, so its ages are no distribution")
     if is_rounded(weights):
         raise ValueError(f"the teacher {run_dir} was trained in 8 bits; give the run that it went on from")
     network = create_network(options["backbone"], pretrained=False, dropout=0.0, drop_path=0.0)
@@ -53,7 +56,7 @@ def taught(runs: Sequence[Path], samples: Sequence[Sample], options: TrainOption
         ValueError: see `teacher_probs`.
     """
     path = options.out_dir / TAUGHT
-    key = [sample.digest for sample in samples] + [str(run) for run in runs]
+    key = [sample.digest for sample in samples] + [hashlib.sha256(_weights(run)).hexdigest() for run in runs]
     if options.resume and path.exists():
         kept = load_weights(path)
         if kept["key"] == key:
@@ -61,6 +64,11 @@ def taught(runs: Sequence[Path], samples: Sequence[Sample], options: TrainOption
     probs = average([teacher_probs(run, samples, options.cache_dir, device) for run in runs])
     save_whole({"key": key, **probs._asdict()}, path)
     return probs
+
+
+def _weights(run_dir: Path) -> bytes:
+    path = run_dir / BEST
+    return path.read_bytes() if path.exists() else b""
 
 
 def average(probs: Sequence[Probs]) -> Probs:

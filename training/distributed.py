@@ -24,12 +24,13 @@ def train_on_workers(network: Network, faces: Faces, targets: Targets, options: 
     each worker runs in a directory of its own.
 
     Raises:
-        ValueError: a worker failed.
+        ValueError: a worker failed, or there are fewer processors than workers.
     """
     ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=True)
     config = {"network": network, "faces": faces, "targets": targets, "options": options}
     use_gpu = options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available())
     try:
+        _require("GPU" if use_gpu else "CPU", options.workers)
         TorchTrainer(
             _work, train_loop_config=config, scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=use_gpu)
         ).fit()
@@ -37,6 +38,13 @@ def train_on_workers(network: Network, faces: Faces, targets: Targets, options: 
         raise ValueError(f"training on {options.workers} workers failed: {_reason(error)}") from error
     finally:
         ray.shutdown()
+
+
+def _require(kind: str, workers: int) -> None:
+    """Ray would wait for ever; a cluster may grow, and is left to do so."""
+    there = int(ray.cluster_resources().get(kind, 0))
+    if "RAY_ADDRESS" not in os.environ and there < workers:
+        raise ValueError(f"{workers} workers need a {kind} each, and there are {there}; lower --workers")
 
 
 def _reason(error: TrainingFailedError) -> str:

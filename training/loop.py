@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -84,9 +85,14 @@ class AugmentedChips(Dataset[tuple[Pixels, int]]):
     """The training split in one epoch: what a chip becomes depends on seed, epoch and index alone."""
 
     def __init__(self, samples: Sequence[Sample], cache: ChipCache, size_px: int, seed: int, epoch: int) -> None:
-        self.chips = cache.open()
+        self._cache = cache
         self.rows = [cache.rows[sample.digest] for sample in samples]
         self.size_px, self.seed, self.epoch = size_px, seed, epoch
+
+    @cached_property
+    def chips(self) -> Pixels:
+        """Opened by the process that reads them: pickled for another, a memory map is all of its bytes."""
+        return self._cache.open()
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -203,7 +203,9 @@ def _names(paths: tuple[Path, ...]) -> str:
 
 def _sample(faces: Faces, options: TrainOptions) -> Tensor:
     """(N, 3, S, S) uint8 chips of the training split at the network's size, for statistics of activations."""
-    chips = faces.train_chips.read(faces.samples["train"][:_STATISTICS])
+    samples = faces.samples["train"]
+    # Of the whole split: by their names, which begin with the age, the first pictures are of children and the very old.
+    chips = faces.train_chips.read(samples[:: max(1, len(samples) // _STATISTICS)][:_STATISTICS])
     sized = [cv2.resize(chip, (options.size, options.size), interpolation=cv2.INTER_AREA) for chip in chips]
     return torch.from_numpy(np.stack(sized)).permute(0, 3, 1, 2)
 
