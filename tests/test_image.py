@@ -365,6 +365,18 @@ def test_the_cap_counts_pixels_and_is_inclusive(format_, noise, encode):
     assert (caught.value.width, caught.value.height) == (noise.shape[1], noise.shape[0])
 
 
+def test_the_canvas_of_an_extended_webp_is_known_before_pillow_allocates_it(monkeypatch):
+    """Twice, of four bytes a pixel; below Pillow's own limit it does not ask ours."""
+    opened = []
+    accept = Image.OPEN["WEBP"][1]
+    monkeypatch.setitem(Image.OPEN, "WEBP", (lambda *_: opened.append(1), accept))
+    side = (10_001 - 1).to_bytes(3, "little")
+    data = b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + side + side + bytes(8)
+    with pytest.raises(ImageTooLargeError, match=r"10001x10001 is 100\.0 megapixels, over the limit of 100"):
+        read_header(data)
+    assert not opened
+
+
 def test_a_gif_frame_larger_than_its_canvas_counts():
     data = bytearray(announcing("GIF", 50_000, 50_000))
     data[6:10] = struct.pack("<HH", 10, 10)

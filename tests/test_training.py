@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 import training.dataset
+import training.distributed
 import training.run
 from agegender import Model, Predictor
 from training.__main__ import main
@@ -554,6 +555,16 @@ def test_augmented_chips_travel_without_their_pixels(options: TrainOptions) -> N
     assert len(sent) < faces.train_chips.path.stat().st_size / 10
     pixels, _ = pickle.loads(sent)[3]
     np.testing.assert_array_equal(pixels, chips[3][0])
+
+
+def test_more_workers_than_processors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    training.distributed._require("CPU", 2)
+    with pytest.raises(ValueError, match="3 workers need a CPU each, and there are 2; lower --workers"):
+        training.distributed._require("CPU", 3)
+    with pytest.raises(ValueError, match="need a GPU each, and there are 0"):
+        training.distributed._require("GPU", 2)
 
 
 def test_a_picture_that_could_not_be_cut_is_tried_again(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
