@@ -567,15 +567,18 @@ def test_more_workers_than_processors_are_refused(monkeypatch: pytest.MonkeyPatc
         training.distributed._require("GPU", 2)
 
 
-def test_a_picture_that_could_not_be_cut_is_tried_again(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_that_could_not_be_cut_is_tried_again(
+    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise MemoryError
 
+    samples, rejected = scan(options.data_dir)
     with monkeypatch.context() as patch:
         patch.setattr("training.cache.cut_chip", fail)
-        with pytest.raises(ValueError, match="too few usable pictures"):
-            load_faces(replace(options, max_samples=20))
-    assert load_faces(replace(options, max_samples=20)).samples["train"]
+        assert load_chips(samples[:3], 96, 0.0, tmp_path, rejected)[0] == []
+    assert rejected.reasons[samples[0].path] == "could not be read or cut this time"
+    assert load_chips(samples[:3], 96, 0.0, tmp_path, rejected)[0] == samples[:3]
 
 
 def test_packaged_face_weights_are_dlibs() -> None:
@@ -686,6 +689,7 @@ def test_several_networks_become_one_artifact(options: TrainOptions, tmp_path: P
         parts.append(tmp_path / f"{name}.pt")
         network = create_network(name, pretrained=True, dropout=0.0, drop_path=0.0)
         torch.save(network.state_dict(), parts[-1])
+    splits_path(tmp_path / ARTIFACT).touch()  # they were trained on none of these pictures
     backbone = "efficientnet_lite0@64+face_resnet"
     path = run(replace(options, backbone=backbone, checkpoint=tuple(parts), epochs=0, mirror=False))
     model = Model(path, device="cpu")

