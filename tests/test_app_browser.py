@@ -198,6 +198,8 @@ def test_the_camera(app: App, browser: "Browser") -> None:
     """Chromium's test picture has no face."""
     page = open_page(browser, app.address)
     page.get_by_text("Camera", exact=True).click()
+    page.wait_for_function("(document.querySelector('video') || {}).readyState >= 2")  # before, a click takes nothing
+    settle(page)
     page.get_by_role("button", name="Take Photo").click()
     page.get_by_text("no face found").wait_for()
 
