@@ -141,14 +141,13 @@ def parse_request(row: Mapping[str, Any], headers: Mapping[str, str]) -> Request
         RequestError: 400 for a request that makes no sense, 413 for one that is too large.
     """
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    is_form = content_type == "multipart/form-data"  # which may have a field of that name
-    if _BODY in row and not is_form and _is_json(row[_BODY], content_type):
-        request = _from_json(row)
-    elif _BODY in row and not is_form:
-        request = Request((_image(row[_BODY], ""),), _options(row), "object")
-    else:
+    if _BODY not in row or content_type == "multipart/form-data":  # which may have a field of that name
         _check_all_parts_arrived(row, headers)
         request = _from_form(row)
+    elif _is_json(row[_BODY], content_type):
+        request = _from_json(row)
+    else:
+        request = Request((_image(row[_BODY], ""),), _options(row), "object")
     _check_pixels(request.items)
     _check_faces(len(request.items) * request.options.max_faces)
     return request

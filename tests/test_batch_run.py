@@ -198,20 +198,26 @@ def test_another_code_is_refused(
         run_batch(request_, said.append)
 
 
+def begin_to_append(request: Request, engine: Engine, said: list[str], source: Path) -> Request:
+    """One more file, and a run that adds it to a finished output and ends before its first block."""
+    (source / "late.png").write_bytes(b"words")
+    again = replace(request, mode="append")
+    engine.stop_after = 0
+    with pytest.raises(JobError):
+        run_batch(again, said.append)
+    engine.stop_after = None
+    return again
+
+
 def test_append_adds_what_is_new_and_nothing_twice(
     request_: Request, engine: Engine, said: list[str], source: Path
 ) -> None:
     run_batch(request_, said.append)
-    again = replace(request_, mode="append")
-    run_batch(again, said.append)
+    run_batch(replace(request_, mode="append"), said.append)
     assert "Nothing to add" in said[-1]
     assert Output(request_.out).finished()
-    (source / "late.png").write_bytes(b"words")
-    engine.stop_after = 0
-    with pytest.raises(JobError):
-        run_batch(again, said.append)
+    again = begin_to_append(request_, engine, said, source)
     assert Output(request_.out).finished() is None
-    engine.stop_after = None
     run_batch(again, said.append)
     table = pd.read_parquet(request_.out)
     assert len(table) == table["path"].nunique() == table["id"].nunique() == 51
@@ -242,12 +248,8 @@ def test_an_append_that_ended_while_it_began_goes_on(
     request_: Request, engine: Engine, said: list[str], source: Path
 ) -> None:
     run_batch(request_, said.append)
-    (source / "late.png").write_bytes(b"words")
-    engine.stop_after = 0
-    with pytest.raises(JobError):
-        run_batch(replace(request_, mode="append"), said.append)
+    begin_to_append(request_, engine, said, source)
     (Path(request_.out) / "_SUCCESS").touch()  # it goes after run.json has come
-    engine.stop_after = None
     run_batch(request_, said.append)
     assert engine.calls == 3
     assert len(pd.read_parquet(request_.out)) == 51
@@ -465,10 +467,7 @@ def test_no_report_of_an_output_that_is_being_added_to(
     request_: Request, engine: Engine, said: list[str], source: Path
 ) -> None:
     run_batch(request_, said.append)
-    (source / "late.png").write_bytes(b"words")
-    engine.stop_after = 0
-    with pytest.raises(JobError):
-        run_batch(replace(request_, mode="append"), said.append)
+    begin_to_append(request_, engine, said, source)
     with pytest.raises(OutputError, match="a run is adding to it"):
         write_report(Output(request_.out))
 

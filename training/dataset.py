@@ -103,14 +103,14 @@ def load_faces(options: TrainOptions) -> Faces:
 
 def _inherited(options: TrainOptions) -> frozenset[str]:
     runs = (*options.teacher, *(path.parent for path in options.checkpoint))
-    for path in (splits_path(run / ARTIFACT) for run in runs if run.is_dir()):
-        if not path.exists():
+    paths = [splits_path(run / ARTIFACT) for run in runs]
+    for path in paths:
+        if path.parent.is_dir() and not path.exists():
             raise ValueError(
                 f"{path} is missing, which says what the weights beside it were trained on; "
                 "an empty file says that it was none of these pictures"
             )
-    known = [read_splits(splits_path(run / ARTIFACT)).sides for run in runs]
-    return frozenset(digest for sides in known for digest, side in sides.items() if side == "train")
+    return frozenset(digest for path in paths for digest, side in read_splits(path).sides.items() if side == "train")
 
 
 def _with_doubles(samples: list[Sample], groups: npt.NDArray[np.int64], inherited: frozenset[str]) -> frozenset[str]:
