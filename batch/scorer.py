@@ -1,6 +1,5 @@
 """The actor: a block of names in, its records out. Whatever an input does, it gets its records."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -48,7 +47,7 @@ class Scorer:
         self._report = BlockReport()
         self._input_s: dict[str, float] = {}
         self._input = ""
-        self._told = -math.inf
+        self._told = 0.0
         predictor = partial(options.predictor, threads=1, on_stage=self._on_stage)
         if models:
             self._predictor = predictor(RemoteModel(list(models)), batch_size=BATCH_SIZE)
@@ -67,17 +66,18 @@ class Scorer:
         careful, fatal = self._tally.begin(number)
         errors = [_DIED if path in fatal else error for path, error in zip(paths, block["errors"], strict=True)]
         self._report, self._input_s = BlockReport(), {}
-        self._told = -math.inf  # the first result is told of at once
+        self._told = time.monotonic()
         results = score(self._predictor, paths, errors, lambda path: self._read(number, path, careful))
         for id_, result in enumerate(results, block["first_id"]):
+            first = not self._report.statuses
             self._report.statuses[result.status] += 1
             yield from ({"block": number, "id": id_, **row} for row in to_rows(result))
-            self._tell(number)
+            self._tell(number, at_once=first)
         self._report.add(BlockReport(slowest=[(seconds, path) for path, seconds in self._input_s.items()]))
         self._tally.report(number, self._report, done=True)
 
-    def _tell(self, block: int) -> None:
-        if time.monotonic() - self._told > _REPORT_EVERY_S:
+    def _tell(self, block: int, *, at_once: bool = False) -> None:
+        if at_once or time.monotonic() - self._told > _REPORT_EVERY_S:
             self._tally.report(block, self._report)
             self._told = time.monotonic()
 
@@ -90,6 +90,7 @@ class Scorer:
             return read_bytes(path, max_bytes=self._max_bytes)
         finally:
             self._on_stage("read", time.perf_counter() - started)
+            self._tell(block)  # results may be long in coming; see batch.job
 
     def _on_stage(self, stage: str, seconds: float) -> None:
         stages_s = self._report.stages_s

@@ -624,6 +624,26 @@ def test_a_file_that_kills_its_process_is_given_up(model_path: Path, tmp_path: P
     assert bad_count(tally.total().statuses) == 1
 
 
+def test_reading_is_told_of_before_there_is_a_result(
+    source: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a block of slow images would pass for an engine that stands still."""
+    told: list[tuple[int, float]] = []
+
+    class Listening(Tally):
+        def report(self, block: int, report: BlockReport, done: bool = False) -> None:
+            told.append((report.statuses.total(), report.stages_s.get("read", 0.0)))
+
+    monkeypatch.setattr("batch.scorer._REPORT_EVERY_S", -1.0)
+    paths = sorted(str(path) for path in source.iterdir())
+    block = {"block": 0, "first_id": 0, "paths": paths, "errors": [None] * len(paths)}
+    Scorer(WHOLE, model_path.read_bytes(), (), Listening())(pa.Table.from_pylist([block]))
+    before = [read for results, read in told if not results]
+    assert len(before) >= 16
+    assert before == sorted(set(before))
+    assert told[-1][0] == len(paths)
+
+
 def test_a_block_that_is_done_again_is_counted_once() -> None:
     tally = Tally()
     tally.report(0, BlockReport(statuses={"ok": 5}))  # type: ignore[arg-type]
