@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -33,8 +34,10 @@ def running_engine(resources: Resources) -> Iterator[None]:
     Raises:
         JobError: it does not start.
     """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     with _scratch() as folder, quiet(os.path.join(folder, "engine.log")):
         _start(resources, folder)
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put one there that exits without a word
         try:
             yield
         finally:
@@ -69,12 +72,22 @@ def _scratch() -> Iterator[str]:
     for old in glob.glob(os.path.join(tempfile.gettempdir(), f"{_SCRATCH}*")):
         with contextlib.suppress(OSError), _lock(old):
             shutil.rmtree(old, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix=_SCRATCH)
-    try:
-        with _lock(folder):
+    with contextlib.ExitStack() as stack:
+        folder = _own_folder(stack)
+        try:
             yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _own_folder(stack: contextlib.ExitStack) -> str:
+    """A new directory, locked; another run may take one for left behind in the moment before the lock."""
+    while True:
+        folder = tempfile.mkdtemp(prefix=_SCRATCH)
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            stack.enter_context(_lock(folder))
+            if os.path.isdir(folder):
+                return folder
 
 
 @contextlib.contextmanager
