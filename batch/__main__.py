@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from batch.request import Request, Resources, ScoreOptions, same_command
+from batch.request import Request, Resources, ScoreOptions
 
 # Ray and torch read these when they are imported. One thread a process, since there is a process for each core; nothing
 # is sent anywhere; nothing listens beyond this machine.
@@ -48,9 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _run(_report if reporting else _score, options)
-    except KeyboardInterrupt:
-        advice = "" if reporting or options.dry_run else f"; {same_command(options.mode)} goes on from here"
-        print(f"\nbatch: interrupted{advice}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("\nbatch: " + "; ".join(["interrupted", *interrupt.args]), file=sys.stderr)
         return _INTERRUPTED
 
 
@@ -67,14 +66,14 @@ def _run(action: Callable[[argparse.Namespace], None], options: argparse.Namespa
 
 
 def _score(options: argparse.Namespace) -> None:
-    from batch.location import is_remote
+    from batch.location import decode_path, is_remote, normalize
     from batch.run import run_batch
     from batch.samples import write_samples
 
     if options.samples and not options.dry_run:
         if is_remote(options.sources[0]):
             raise ValueError(f"the samples go into a directory of this machine, not to {options.sources[0]}")
-        write_samples(Path(options.sources[0]))
+        write_samples(Path(os.fsdecode(decode_path(normalize(options.sources[0])))))
     stream = sys.stdout  # while the engine runs, `sys.stdout` is for its libraries
     run_batch(_request(options), lambda text: print(text, file=stream, flush=True))
 

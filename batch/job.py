@@ -151,7 +151,7 @@ class _Pipeline(threading.Thread):
 
     def _execute(self) -> None:
         output = self._output
-        blocks = ray.data.read_parquet(output.manifest, filesystem=output.filesystem)
+        blocks = ray.data.read_parquet(output.manifest, filesystem=output.filesystem, partitioning=None)
         outcomes = blocks.repartition(target_num_rows_per_block=1).map_batches(
             Scorer,
             fn_constructor_kwargs=self._constructor,
@@ -173,6 +173,7 @@ def _configure(output: Output) -> None:
     context = DataContext.get_current()
     context.checkpoint_config = checkpoint
     context.use_datasource_v2 = False  # which starts more processes than the manifest has files, seconds each
+    context.target_max_block_size = None  # or a block of many outcomes is cut, and only its first piece counts
     context.execution_no_progress_timeout_s = -1  # see _Patience
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -44,6 +44,7 @@ def lease(filesystem: fs.FileSystem, folder: str, *, beat_s: float | None = None
 
     Raises:
         LeaseTakenError: another run holds it.
+        OSError: the store does not say who holds it.
     """
     beat_s = beat_s or _BEAT_S
     own = f"{folder}/{_PREFIX}{secrets.token_hex(8)}"
@@ -93,7 +94,7 @@ def _others(filesystem: fs.FileSystem, folder: str, own: str) -> dict[str, bytes
     found: dict[str, bytes] = {}
     for info in filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
         if info.base_name.startswith(_PREFIX) and info.path != own:
-            with contextlib.suppress(OSError), filesystem.open_input_stream(info.path) as stream:
+            with contextlib.suppress(FileNotFoundError), filesystem.open_input_stream(info.path) as stream:
                 found[info.path] = stream.read()
     return found
 

@@ -27,6 +27,9 @@ __all__ = ["MANIFEST_SCHEMA", "Input", "Listing", "block_size", "blocks_of"]
 # One shard is held in memory and sorted by name.
 _SHARD_INPUTS: Final = 65_536
 
+# A list is read in pieces of this size, and no path is as long.
+_LIST_BYTES: Final = 1 << 20
+
 _REACHED: Final = "directory that was reached before, or the output itself"
 
 MANIFEST_SCHEMA: Final = pa.schema(
@@ -246,7 +249,7 @@ def _shard_table(shard: list[Input], block: int, next_id: int, first_id: int) ->
 def _read_list(name: str) -> Iterator[Input]:
     try:
         with _open(name) as file:
-            yield from _read_parquet_list(file, name) if name.endswith(".parquet") else _read_text_list(file)
+            yield from _read_parquet_list(file, name) if name.endswith(".parquet") else _read_text_list(file, name)
     except (OSError, pa.ArrowException) as error:
         raise SourceError(f"the list {name} cannot be read: {first_line(error)}") from error
 
@@ -273,11 +276,13 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(each(kind) for each in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary))
 
 
-def _read_text_list(file: pa.NativeFile) -> Iterator[Input]:
+def _read_text_list(file: pa.NativeFile, name: str) -> Iterator[Input]:
     pending = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
-    while chunk := file.read(1 << 20):
+    while chunk := file.read(_LIST_BYTES):
         *lines, pending = (pending + chunk).split(b"\n")
         yield from _parse_lines(lines)
+        if len(pending) > _LIST_BYTES:
+            raise SourceError(f"the list {name} has a line of more than {_LIST_BYTES:,} bytes; give one path a line")
     yield from _parse_lines([pending])
 
 

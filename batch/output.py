@@ -163,6 +163,10 @@ class Output:
         """
         if not is_remote(self.name) and not self.name.startswith("/"):
             raise OutputError(f"{self.name} is no name in UTF-8; give another directory for the output")
+        if re.search(r"[?\t\r\n]", self.name):  # Ray takes what follows the first for no part of it, and drops the rest
+            raise OutputError(
+                f"{self.name!r} has a question mark, a tab or a line break in its name; give another directory"
+            )
         if self.filesystem.get_file_info(self.base).type is fs.FileType.File:
             raise OutputError(f"{self.name} is a file; give a directory for the output")
         names = [info.base_name for info in self.list("")]
@@ -209,6 +213,10 @@ class Output:
     def begin(self, run: Run) -> None:
         """The manifest is complete: from here on the run can be resumed."""
         self.write(_RUN_FILE, json.dumps(asdict(run), indent=1))
+        self.reopen()
+
+    def reopen(self) -> None:
+        """No longer says that all is there, as a finished output does that a run adds to."""
         info = self.filesystem.get_file_info(self.path(_SUCCESS))
         if info.type is fs.FileType.File:
             self.filesystem.delete_file(info.path)
@@ -287,12 +295,16 @@ class Output:
     def _in_use(self) -> OutputError:
         return OutputError(f"another run is writing to {self.name}; wait for it or stop it")
 
+    def read_bytes(self, path: str) -> bytes:
+        """All of a file, by its path on `filesystem`."""
+        with self.filesystem.open_input_file(path) as file:
+            return bytes(file.read())
+
     def _read(self, name: str) -> str | None:
         path = self.path(name)
         if self.filesystem.get_file_info(path).type is not fs.FileType.File:
             return None
-        with self.filesystem.open_input_file(path) as file:
-            return file.read().decode()
+        return self.read_bytes(path).decode()
 
 
 def now() -> str:

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -41,8 +41,11 @@ class Part:
 def committed_parts(output: Output) -> tuple[list[Part], Counts]:
     """Finds the parts that count, deletes what else an interrupted run has left, and counts the outcomes so far.
 
-    A part counts if its checkpoint is committed and both can be read; a block counts once. Ray writes neither file in
+    A part counts if its checkpoint is committed and both are whole; a block counts once. Ray writes neither file in
     one step, nor to disk before it goes on, so after a crash each may be there in pieces.
+
+    Raises:
+        OSError: one cannot be read; nothing is deleted on that account.
     """
     parts: list[Part] = []
     counts = Counts()
@@ -71,12 +74,11 @@ def _read_part(output: Output, checkpoint: str, files: list[str]) -> pa.Table | 
     """The part behind a checkpoint, or None if it does not count."""
     if checkpoint.endswith(".pending.parquet") or len(files) != 1:
         return None
+    checkpoint_bytes, part_bytes = output.read_bytes(checkpoint), output.read_bytes(files[0])
     try:
-        with output.filesystem.open_input_file(checkpoint) as file:
-            committed = pq.read_table(file, columns=["block"])["block"]
-        with output.filesystem.open_input_file(files[0]) as file:
-            table = pq.read_table(file, schema=BLOCK_SCHEMA)
-    except (OSError, pa.ArrowException):
+        committed = pq.read_table(pa.BufferReader(checkpoint_bytes), columns=["block"])["block"]
+        table = pq.read_table(pa.BufferReader(part_bytes), schema=BLOCK_SCHEMA)
+    except (OSError, pa.ArrowException):  # not of the disk, which has given all it had
         return None
     return table if committed.equals(table["block"]) else None
 
@@ -85,8 +87,14 @@ def _of_blocks(table: pa.Table, blocks: frozenset[int]) -> pa.Table:
     return table.filter(pa.compute.is_in(table["block"], pa.array(sorted(blocks), pa.int64())))
 
 
-def publish(output: Output, run: Run, parts: list[Part]) -> None:
+def publish(output: Output, run: Run, parts: list[Part], still_held: Callable[[], None] = lambda: None) -> None:
     """Writes the final files, first aside, then all into place.
+
+    Args:
+        output: a directory with a run.
+        run: the run.
+        parts: what it has come to.
+        still_held: raises if another run has taken over; asked before anything is moved into place.
 
     Raises:
         IncompleteError: an input has no outcome; nothing is in place then.
@@ -109,8 +117,10 @@ def publish(output: Output, run: Run, parts: list[Part]) -> None:
         output.sync(name)
     if not seen.all():
         raise IncompleteError(
-            f"{np.count_nonzero(~seen)} of {run.inputs} inputs have no outcome; --overwrite starts anew"
+            f"{np.count_nonzero(~seen)} of {run.inputs} inputs have no outcome; the same command without --overwrite "
+            "does them, and --overwrite starts anew"
         )
+    still_held()
     for info in output.list("_run/staging"):
         output.filesystem.move(info.path, output.path(info.base_name))
     output.sync(output.base)

@@ -47,6 +47,7 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
         RequestError: the model cannot be loaded, or an option is out of its range.
         JobError: the engine stopped.
         TooManyBadError: see `Request.max_bad`.
+        KeyboardInterrupt: it was interrupted; once there is something to go on with, it says how.
     """
     started = time.monotonic()
     output = Output(normalize(request.out))
@@ -61,28 +62,31 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
         preview(request, listing, say)
         return
     output.check_writable()
-    with output.locked() as still_held, ThreadPoolExecutor(1) as aside:
+    with output.locked() as still_held, ThreadPoolExecutor(1) as aside, _told("the same command"):
         wanted, model = _identify(request, listing)
-        with _engine(request, output, aside), _told(request):
+        with _engine(request, output, aside):
             if request.mode == "overwrite":
                 _require_inputs(listing)
                 output.clear()
             run = _settle(output, wanted, listing, request, say)
             if run is not None:
-                _finish(output, run, model, request, say, started, still_held)
+                with _told(same_command(request.mode)):
+                    _finish(output, run, model, request, say, started, still_held)
 
 
 @contextlib.contextmanager
-def _told(request: Request) -> Iterator[None]:
-    """What a disk or an object store refuses in the middle ends the run like any other failure."""
+def _told(command: str) -> Iterator[None]:
+    """Says which command goes on after an interrupt, and after what a disk or an object store refuses in the middle."""
     try:
         yield
+    except KeyboardInterrupt as interrupt:
+        raise interrupt if interrupt.args else KeyboardInterrupt(f"{command} goes on from here") from None
     except OSError as error:
-        raise JobError(f"{reason_of(error)}; {_stays(request)}") from error
+        raise JobError(f"{reason_of(error)}; {_stays(command)}") from error
 
 
-def _stays(request: Request) -> str:
-    return f"what is done stays done, and {same_command(request.mode)} goes on"
+def _stays(command: str) -> str:
+    return f"what is done stays done, and {command} goes on"
 
 
 def _engine(request: Request, output: Output, aside: Executor) -> contextlib.AbstractContextManager[None]:
@@ -141,6 +145,7 @@ def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say
         if request.mode == "append" and not interrupted.first_id:
             raise OutputError(f"{output.name} holds an unfinished run; finish it without --append first")
         _require_same(output, interrupted, wanted, "an unfinished run")
+        output.reopen()
         say(f"Going on with the run of {interrupted.created} ({interrupted.inputs:,} files).")
         return interrupted
     finished = output.finished()
@@ -249,7 +254,7 @@ def _finish(
     still_held()
     parts, counts = committed_parts(output)
     watch.judge(counts.statuses)
-    publish(output, run, parts)
+    publish(output, run, parts, still_held)
     done, seconds, startup_s = counts.inputs - before.inputs, time.monotonic() - started, watch.startup_s(started)
     summary = {
         **describe(output),
@@ -261,6 +266,7 @@ def _finish(
         "finished": now(),
         "run": asdict(run),
     }
+    still_held()
     output.finish(summary)
     say(summary_text(summary, output.name))
 
@@ -271,7 +277,7 @@ def _score(output: Output, run: Run, model: bytes, request: Request, watch: "_Wa
     try:
         score_manifest(output, request.options, model, request.resources, watch.see)
     except JobError as error:
-        raise JobError(f"{error}; {_stays(request)}") from error
+        raise JobError(f"{error}; {_stays(same_command(request.mode))}") from error
     finally:
         watch.close()
 

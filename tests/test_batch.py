@@ -227,6 +227,27 @@ def test_append_adds_what_is_new(hostile: Hostile, scored: subprocess.CompletedP
     assert records.loc[records["id"] == len(hostile.statuses), "path"].tolist() == [str(late)]
 
 
+def test_a_run_that_is_told_to_end_says_how_to_go_on(tmp_path: Path, group_jpeg: bytes) -> None:
+    """In a directory whose name would mean something to Ray: a partition, a pattern, a parameter."""
+    (tmp_path / "photos").mkdir()
+    for number in range(20):
+        (tmp_path / "photos" / f"{number}.jpg").write_bytes(group_jpeg)
+    out = tmp_path / "block=7" / "*;a#b%20" / "out"
+    arguments = [sys.executable, "-m", "batch", str(tmp_path / "photos"), str(out)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert any(line.startswith("Found 20 files") for line in process.stdout)  # so the engine is up
+        process.terminate()
+        _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130, errors
+    assert "interrupted; the same command goes on from here" in errors
+    assert "Traceback" not in errors
+    done = run_batch(tmp_path / "photos", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Going on")
+    assert pd.read_parquet(list(out.glob("*.parquet")))["path"].nunique() == 20
+
+
 def test_a_model_that_does_not_run_is_told_of_in_a_sentence(model_path: Path, tmp_path: Path) -> None:
     """Its file is sound and its description fits, so that only those who load it find out."""
     spec, _ = read_artifact(model_path)

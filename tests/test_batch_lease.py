@@ -52,3 +52,15 @@ def test_an_output_says_it_in_a_sentence(tmp_path: Path, monkeypatch: pytest.Mon
         pass
     out.clear()
     out.check_ours()
+
+
+def test_a_run_that_cannot_be_asked_is_not_taken_for_dead(tmp_path: Path) -> None:
+    class Store(fs.LocalFileSystem):  # type: ignore[misc]
+        def open_input_stream(self, *_: object, **__: object) -> None:
+            raise OSError("the store is away")
+
+    other = tmp_path / "_writer-0123456789abcdef"
+    other.write_text("once")
+    with pytest.raises(OSError, match="is away"), lease(Store(), str(tmp_path), beat_s=BEAT_S):
+        pass
+    assert other.exists()

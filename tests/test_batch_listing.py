@@ -263,3 +263,10 @@ def test_reading_is_bounded(tmp_path: Path) -> None:
     if os.path.exists("/proc/self/status"):  # says that it holds 0 bytes
         with pytest.raises(FileTooLargeError):
             read_bytes("/proc/self/status", max_bytes=10)
+
+
+def test_a_list_without_line_ends_is_not_held_whole(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_bytes(b"/a/b.jpg\n" + b"x" * (3 << 20))
+    with pytest.raises(SourceError, match="has a line of more than 1,048,576 bytes"):
+        names(path)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from ray.data import DataContext
 
 import batch.engine
 import batch.job
@@ -71,6 +72,13 @@ class Engine:
             pq.write_table(table.select(["block"]), f"{output.checkpoint}/{stem}.parquet")
             self.blocks.append(row["block"])
             on_progress(tally.total())
+
+
+def failing(error: BaseException) -> Callable[..., Any]:
+    def fail(*_: Any) -> None:
+        raise error
+
+    return fail
 
 
 @pytest.fixture
@@ -250,8 +258,13 @@ def test_an_append_that_ended_while_it_began_goes_on(
     run_batch(request_, said.append)
     begin_to_append(request_, engine, said, source)
     (Path(request_.out) / "_SUCCESS").touch()  # it goes after run.json has come
+    engine.stop_after = 0
+    with pytest.raises(JobError):
+        run_batch(request_, said.append)
+    assert Output(request_.out).finished() is None
+    engine.stop_after = None
     run_batch(request_, said.append)
-    assert engine.calls == 3
+    assert engine.calls == 4
     assert len(pd.read_parquet(request_.out)) == 51
 
 
@@ -338,18 +351,24 @@ def test_an_overwrite_that_was_killed_while_it_deleted_leaves_no_run(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("batch.output._delete", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         run_batch(replace(request_, mode="overwrite"), said.append)
     assert deleted == ["run.json"]
+
+
+def test_an_overwrite_that_has_begun_goes_on_without_the_option(
+    request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(batch.job, "score_manifest", failing(KeyboardInterrupt()))
+    arguments = [*request_.sources, request_.out, "--model", request_.model, "--faces", "whole", "--overwrite"]
+    assert main(arguments) == 130
+    assert "interrupted; the same command without --overwrite goes on from here" in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_up_beside_the_engine_is_told_like_one_inside(
     request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Output, "finish", full)
+    monkeypatch.setattr(Output, "finish", failing(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(JobError, match=r"the disk is full; .* the same command goes on"):
         run_batch(request_, said.append)
 
@@ -394,6 +413,15 @@ def test_an_output_whose_name_is_not_utf_8_is_refused(request_: Request, engine:
         run_batch(replace(request_, out=f"{request_.out}\udcff"), said.append)
 
 
+@pytest.mark.parametrize("name", ["a?b", "a\tb", "a\nb", "a\rb"])
+def test_an_output_whose_name_ray_would_change_is_refused(
+    request_: Request, engine: Engine, said: list[str], name: str
+) -> None:
+    with pytest.raises(OutputError, match="a question mark, a tab or a line break"):
+        run_batch(replace(request_, out=f"{request_.out}/{name}"), said.append)
+    assert not Path(request_.out).exists()
+
+
 def test_an_engine_that_stands_still_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
@@ -432,6 +460,10 @@ def test_a_block_that_was_written_twice_counts_once_and_a_lost_one_is_missed(
     with pytest.raises(JobError):
         run_batch(request_, said.append)
     run = Path(request_.out) / "_run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "read_bytes", failing(OSError("the store is away")))
+        with pytest.raises(OSError, match="away"):
+            committed_parts(Output(request_.out))
     part, check = sorted((run / "parts").iterdir())[0], sorted((run / "checkpoint").iterdir())[0]
     (run / "parts" / "9_000000-0.parquet").write_bytes(part.read_bytes())
     (run / "checkpoint" / "9_000000.parquet").write_bytes(check.read_bytes())
@@ -442,6 +474,28 @@ def test_a_block_that_was_written_twice_counts_once_and_a_lost_one_is_missed(
     monkeypatch.setattr(batch.job, "score_manifest", lambda *_: None)
     with pytest.raises(IncompleteError, match="18 of 50"):
         run_batch(request_, said.append)
+
+
+def test_a_run_that_was_taken_over_while_it_published_moves_nothing(
+    request_: Request, engine: Engine, said: list[str]
+) -> None:
+    engine.stop_after = 3
+    with pytest.raises(JobError):
+        run_batch(request_, said.append)
+    output = Output(request_.out)
+    run = output.run()
+    assert run
+    parts, counts = committed_parts(output)
+    with pytest.raises(JobError, match="taken over"):
+        publish(output, replace(run, inputs=counts.inputs), parts, failing(JobError("taken over")))
+    assert not output.files()
+
+
+def test_ray_cuts_no_block_in_two(tmp_path: Path) -> None:
+    with DataContext.current(DataContext.get_current().copy()):
+        assert DataContext.get_current().target_max_block_size
+        batch.job._configure(Output(str(tmp_path)))
+        assert DataContext.get_current().target_max_block_size is None
 
 
 def test_dry_run_counts_and_writes_nothing(request_: Request, engine: Engine, said: list[str]) -> None:
@@ -578,6 +632,9 @@ def test_samples_replace_no_file_and_stay_on_this_machine(
     monkeypatch.chdir(tmp_path)
     assert main(["--samples", "s3://bucket/in", "out"]) == 2
     assert "a directory of this machine" in capsys.readouterr().err
+    uri = f"file://{tmp_path}/by%20uri"
+    assert main(["--samples", uri, "out", "--model", "gone.pt"]) == 2
+    assert len(list((tmp_path / "by uri").iterdir())) == 4
     assert not Path("s3:").exists()
     assert main(["--samples", "new", "out", "--dry-run"]) == 2
     assert not Path("new").exists()
