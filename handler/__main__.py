@@ -71,6 +71,7 @@ def _archive(model: Path | None, target: Path | None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    _heed_signals()
     server = Server(options.config)
     if options.command == "run":
         return _run(server, options.timeout)
@@ -90,8 +91,14 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _heed_signals() -> None:
+    """Those that end a process act as Ctrl-C does, so that no server is left half started or half stopped."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
+
+
 def _run(server: Server, timeout_s: float) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
     try:
         server.start(timeout_s)
         print(server.describe(), flush=True)

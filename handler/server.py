@@ -350,10 +350,18 @@ def _end(family: list[psutil.Process]) -> None:
     """Asks the server, the first of its family, to end, then makes whatever is left of it."""
     with suppress(psutil.NoSuchProcess):
         family[0].terminate()
-    _, alive = psutil.wait_procs(family, timeout=15)
-    for each in alive:
-        with suppress(psutil.NoSuchProcess):
-            each.kill()
-    _, alive = psutil.wait_procs(alive, timeout=5)
-    if alive:
-        raise ServingError(f"process {alive[0].pid} of the server does not end")
+    if not _wait(lambda: not any(map(_runs, family)), time.monotonic() + 15):
+        for each in family:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+        _wait(lambda: not any(map(_runs, family)), time.monotonic() + 5)
+    if left := [each.pid for each in family if _runs(each)]:
+        raise ServingError(f"process {left[0]} of the server does not end")
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Not what has ended and waits for a parent to take note, as the first process of a container may never do."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -117,9 +117,39 @@ def test_an_interrupted_command_ends_without_a_traceback(stopped: Server, monkey
     assert main(["start", "--config", str(stopped.config)]) == 130
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_that_is_told_to_end_ends_the_server_first(
+    stopped: Server, java: "subprocess.Popen[bytes]", repository: Path, number: signal.Signals
+) -> None:
+    drain = (
+        "import sys, time; from handler.server import Server; from handler.__main__ import main\n"
+        "Server._drain = lambda *_: print('draining', flush=True) or time.sleep(60)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", drain, "stop", "--config", str(stopped.config)]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    with subprocess.Popen(
+        command, cwd=stopped.directory, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "draining\n"
+        process.send_signal(number)
+        assert process.wait(timeout=30) == 130
+    assert java.wait(timeout=10) is not None
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("begun", ["ts.model_server", "ModelServer", "model_service_worker.py"])
-def test_an_interrupted_start_leaves_nothing(new_server: Callable[[], Server], repository: Path, begun: str) -> None:
+@pytest.mark.parametrize(
+    ("begun", "number"),
+    [
+        ("ts.model_server", signal.SIGINT),
+        ("ModelServer", signal.SIGTERM),
+        ("model_service_worker.py", signal.SIGHUP),
+    ],
+)
+def test_an_interrupted_start_leaves_nothing(
+    new_server: Callable[[], Server], repository: Path, begun: str, number: signal.Signals
+) -> None:
     """While TorchServe's own command runs, Java begins, or workers load."""
     server = new_server()
     command = [sys.executable, "-m", "handler", "start", "--config", str(server.config)]
@@ -127,7 +157,7 @@ def test_an_interrupted_start_leaves_nothing(new_server: Callable[[], Server], r
     with subprocess.Popen(command, cwd=server.directory, env=environment, stderr=subprocess.PIPE, text=True) as process:
         while not _runs(begun, server):
             assert process.poll() is None
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         assert process.wait(timeout=60) == 130
         assert process.stderr
         assert process.stderr.read() == ""
