@@ -88,7 +88,7 @@ class EncodedImage:
                 _allow_dct_scaling(source, min_side_px)
             source.load()
             return _upright(np.asarray(_to_rgb(source)), self._orientation)
-        except AgeGenderError:
+        except (AgeGenderError, MemoryError):  # the latter is no fault of the image
             raise
         except Exception as error:  # Pillow's decoders raise a dozen kinds of error on damaged data
             raise ImageDecodeError(f"damaged {self.format} image: {_reason(error)}") from error
@@ -176,6 +176,8 @@ def _open(data: bytes) -> tuple[Image.Image, str]:
             source = factory(io.BytesIO(data), "")
         except Image.DecompressionBombError as error:  # a canvas that some plugins would allocate at once
             raise ImageTooLargeError(f"{name} header: {_reason(error).split(',')[0]}") from error
+        except MemoryError:  # no fault of the image
+            raise
         except Exception as error:  # see EncodedImage.decode
             raise ImageDecodeError(f"damaged {name} header: {_reason(error)}") from error
         if min(source.size) < 1:
@@ -217,8 +219,7 @@ def _to_rgb(source: Image.Image) -> Image.Image:
     if source.mode == "RGB" and "transparency" not in source.info:
         return source
     if source.mode in _SIXTEEN_BIT_MODES:
-        high_byte = np.asarray(source).astype(np.uint16) >> 8
-        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_high_bits(source)).convert("RGB")
     if source.mode in ("I", "F"):
         raise ImageDecodeError(f"32-bit pixels (mode {source.mode}) have no defined white; convert the image to 8 bits")
     if source.has_transparency_data:
@@ -226,6 +227,16 @@ def _to_rgb(source: Image.Image) -> Image.Image:
         canvas.paste(layer, mask=layer)
         return canvas
     return source.convert("RGB")
+
+
+def _high_bits(source: Image.Image) -> Pixels:
+    """The upper 8 bits of grey pixels; Pillow leaves those of a TIFF as they are: of 12 bits, or counted from white."""
+    bits, from_white = 16, False
+    if isinstance(source, TiffImagePlugin.TiffImageFile):
+        bits = source.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0]
+        from_white = source.tag_v2[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] == 0
+    grey = (np.asarray(source).astype(np.uint16) >> (bits - 8)).astype(np.uint8)
+    return 255 - grey if from_white else grey
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:

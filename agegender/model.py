@@ -97,6 +97,8 @@ class Model:
                 with _fastest_engine():
                     module = torch.jit.load(io.BytesIO(artifact), map_location="cpu")  # type: ignore[no-untyped-call]
                 return torch.jit.freeze(module.to(self.device).eval())
+        except torch.OutOfMemoryError as error:
+            raise self._no_memory() from error
         except RuntimeError as error:
             raise ModelLoadError(f"{self._name} is not a TorchScript file that this torch can load") from error
 
@@ -105,6 +107,8 @@ class Model:
         try:
             shapes = [column.shape for column in self.predict(np.zeros((1, side, side, 3), np.uint8))]
             fits = shapes == [(1,), (1,), (1,), (1, 2)]
+        except torch.OutOfMemoryError as error:
+            raise self._no_memory() from error
         except (RuntimeError, AttributeError, TypeError) as error:
             raise ModelLoadError(
                 f"{self._name} does not run on {self.device} ({type(error).__name__}); train one with `make train`"
@@ -114,6 +118,9 @@ class Model:
                 f"{self._name} answers in another form than format version {FORMAT_VERSION}; train one with "
                 "`make train`"
             )
+
+    def _no_memory(self) -> ModelLoadError:
+        return ModelLoadError(f"{self.device} has no memory left for {self._name}; free some, or take another device")
 
 
 def find_device(name: str) -> torch.device:

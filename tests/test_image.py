@@ -278,12 +278,44 @@ def test_sixteen_bit_grey(format_, encode):
     assert (got == got[:, :, :1]).all()
 
 
+def grey_tiff(order: str, pixels: bytes, *, width: int, bits: int, photometric: int = 1) -> bytes:
+    """A TIFF of one row; the order of its bytes is `<` or `>`."""
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 279: len(pixels)}
+    directory = struct.pack(f"{order}H", len(tags))
+    directory += b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    return (
+        (b"II*\0" if order == "<" else b"MM\0*")
+        + struct.pack(f"{order}I", 8 + len(pixels))
+        + pixels
+        + directory
+        + bytes(4)
+    )
+
+
 def test_big_endian_sixteen_bit_tiff():
-    entries = [(256, 3, 1), (257, 1, 1), (258, 16, 1), (259, 1, 1), (262, 1, 1), (273, 8, 1), (277, 1, 1), (279, 6, 1)]
-    directory = struct.pack(">H", len(entries)) + b"".join(struct.pack(">HHIHH", t, 3, 1, v, 0) for t, v, _ in entries)
-    pixels = struct.pack(">HHH", 0, 0x1234, 0xFF00)
-    data = b"MM\0*" + struct.pack(">I", 14) + pixels + directory + bytes(4)
+    data = grey_tiff(">", struct.pack(">HHH", 0, 0x1234, 0xFF00), width=3, bits=16)
     assert decode_image(data)[0, :, 0].tolist() == [0, 0x12, 0xFF]
+
+
+def test_sixteen_bit_tiff_that_counts_from_white():
+    data = grey_tiff("<", struct.pack("<HHH", 0, 0x1234, 0xFFFF), width=3, bits=16, photometric=0)
+    assert decode_image(data)[0, :, 0].tolist() == [0xFF, 0xFF - 0x12, 0]
+
+
+def test_twelve_bit_tiff():
+    data = grey_tiff("<", bytes([0x00, 0x0F, 0xFF, 0x12, 0x38, 0x00]), width=4, bits=12)
+    assert decode_image(data)[0, :, 0].tolist() == [0x00, 0xFF, 0x12, 0x80]
+
+
+def test_a_lack_of_memory_is_no_damage(monkeypatch, encode):
+    data = encode(Image.new("RGB", (4, 4)), "PNG")
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("agegender.image._to_rgb", fail)
+    with pytest.raises(MemoryError):
+        decode_image(data)
 
 
 def test_sixteen_bit_rgb_png():

@@ -367,3 +367,11 @@ def test_the_shipped_artifact_says_what_it_is(shipped, model_path):
     for name in ("name", "version", "backbone", "training_data", "licence"):
         assert spec[name], name
     assert model_path.stat().st_size <= 25e6
+
+
+def test_a_full_gpu_is_not_told_as_a_damaged_artifact(save, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Model, "predict", full)
+    assert "cpu has no memory left for" in refused(save())
