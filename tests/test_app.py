@@ -1,6 +1,7 @@
 """The app's logic: what its pages say of good and bad input, and what they read of an output."""
 
 import io
+import os
 import re
 import socket
 import sys
@@ -366,6 +367,16 @@ class TestGallery:
         assert face.size == whole.size
         difference = np.abs(np.asarray(face, np.int16) - np.asarray(whole, np.int16))
         assert difference.mean() < 3
+
+    def test_a_picture_that_has_changed_is_cut_anew(self, out: Path, tmp_path: Path) -> None:
+        scores = Scores(str(out))
+        row = scores.rows(scores.select(Selection(path_part="grace"))).to_pylist()[0]
+        path, shades = tmp_path / "photo.png", []
+        for moment, shade in enumerate((50, 200)):
+            Image.new("L", (row["width"], row["height"]), shade).save(path)
+            os.utime(path, (moment, moment))
+            shades.append(np.asarray(cut_row({**row, "path": str(path)})).mean())
+        assert shades == [50, 200]
 
     def test_says_what_is_gone(self, out: Path) -> None:
         scores = Scores(str(out))
