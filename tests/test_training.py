@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -567,6 +568,47 @@ def test_more_workers_than_processors_are_refused(monkeypatch: pytest.MonkeyPatc
         training.distributed._require("GPU", 2)
 
 
+def test_auto_takes_the_gpus_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"CPU": 2.0, "GPU": 1.0}
+    monkeypatch.setattr("ray.cluster_resources", lambda: there)
+    on_gpus = training.distributed._on_gpus
+    assert [on_gpus(device) for device in ("auto", "cpu", "cuda")] == [True, False, True]
+    del there["GPU"]
+    assert not on_gpus("auto")
+
+
+def test_a_picture_that_is_lost_while_it_is_cut_again_is_left_out(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chips of the two sizes are cut one after the other."""
+    lost = load_faces(options).samples["test"][0]
+
+    def cut(samples: list[Sample], size: int, *arguments: Any) -> tuple[list[Sample], ChipCache]:
+        if size == options.size:
+            samples = [sample for sample in samples if sample.digest != lost.digest]
+        return load_chips(samples, size, *arguments)
+
+    shutil.rmtree(options.cache_dir)
+    monkeypatch.setattr(training.dataset, "load_chips", cut)
+    faces = load_faces(options)
+    assert lost not in faces.samples["test"]
+    assert {sample.digest for side in ("val", "test") for sample in faces.samples[side]} <= faces.chips.rows.keys()  # type: ignore[index]
+
+
+def test_what_balancing_leaves_out_is_no_test_picture(options: TrainOptions) -> None:
+    before = load_faces(options)
+    after = load_faces(replace(options, balanced_by_gender=True, max_per_gender=2))
+    assert len(after.samples["train"]) == 4
+    assert {after.splits().of(sample) for sample in before.samples["train"]} == {"train"}
+
+
+def test_too_few_validation_faces_are_told_of(options: TrainOptions) -> None:
+    faces = load_faces(options)
+    for count, told in ((8, True), (9, False)):
+        some = replace(faces, samples={**faces.samples, "val": faces.samples["train"][:count]})
+        assert ("need 9 val faces" in training.run._summary(some)) is told
+
+
 def test_a_picture_that_could_not_be_cut_is_tried_again(
     options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -864,6 +906,13 @@ def test_evaluation_leaves_out_what_the_model_has_seen(options: TrainOptions, tm
     assert metrics["groups"]["all"]["pictures"] == tested
     assert list(metrics["robustness"]["blur, sigma in px"]) == ["1", "2", "4", "6"]
     assert "<svg" in (tmp_path / "evaluation" / "report.html").read_text()
+    assert metrics["warning"] is None
+    for copy in sorted(options.data_dir.glob("*.jpg"))[:5]:
+        with copy.open("ab") as file:
+            file.write(b"\0")
+    evaluation(EvaluateOptions(options.data_dir, path, tmp_path / "again", options.cache_dir, robustness_pictures=0))
+    metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert re.fullmatch(r"\d pictures are new to the model, unless they are copies.*", metrics["warning"])
 
 
 def _network() -> torch.nn.Module:

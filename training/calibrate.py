@@ -18,12 +18,15 @@ from torch.nn import functional as F
 from training.metrics import AGE_BANDS
 from training.network import AGE_BINS, Logits
 
-__all__ = ["COVERAGE", "Calibration", "age_interval", "calibrate", "predicted_age"]
+__all__ = ["COVERAGE", "LEAST_TO_COVER", "Calibration", "age_interval", "calibrate", "predicted_age"]
 
 COVERAGE: Final = 0.9
 
 # A band with fewer validation faces than this takes the quantile of all faces.
 _LEAST_FACES: Final = 20
+
+LEAST_TO_COVER: Final = math.ceil(COVERAGE / (1 - COVERAGE) - 1e-9)
+"""Faces below which even the largest of their scores is no quantile that covers `COVERAGE`."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def calibrate(logits: Logits, ages: Tensor, genders: Tensor, *, mean: bool) -> C
         ages: (N,) float32, labelled, years.
         genders: (N,) int64, labelled.
         mean: see `Calibration`.
+
+    With fewer than `LEAST_TO_COVER` faces the intervals are too narrow.
     """
     age, spread = _age_and_spread(logits.age, mean)
     scores = (ages - age).abs() / spread

@@ -29,20 +29,20 @@ class Faces:
         train_chips: a quarter larger than the network's chips, so that augmentation has something to cut from.
         chips: of the validation and test splits, cut as in inference.
         rejected: what was left out.
-        inherited: what teachers and checkpoints were trained on, by the first digits of the SHA-256; none of it is in
-            the validation and test splits.
+        trained_on: what counts as trained on, by the first digits of the SHA-256: what teachers and checkpoints were
+            trained on, near-duplicates of it, and all of the training split, with what balancing has left out of it.
     """
 
     samples: dict[Split, list[Sample]]
     train_chips: ChipCache
     chips: ChipCache
     rejected: Rejected
-    inherited: frozenset[str]
+    trained_on: frozenset[str]
 
     def splits(self) -> "Splits":
-        """Which picture is on which side; what the network inherits from counts as trained on."""
+        """Which picture is on which side."""
         own = {each.digest[:_DIGITS]: side for side, part in self.samples.items() for each in part}
-        return Splits({**dict.fromkeys(self.inherited, "train"), **own})
+        return Splits({**dict.fromkeys(self.trained_on, "train"), **own})
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,19 @@ def load_faces(options: TrainOptions) -> Faces:
     for sample, side in zip(samples, sides, strict=True):
         splits[side].append(sample)
     inherited = _inherited(options)
-    seen = _with_doubles(samples, groups, inherited)
+    seen = inherited | _with_doubles(samples, groups, inherited)
     for side in ("val", "test"):
         splits[side] = _unseen(splits[side], seen, rejected)
+    trained_on = seen | {sample.digest[:_DIGITS] for sample in splits["train"]}
     if options.balanced_by_gender:
         splits["train"] = _balanced(splits["train"], options.max_per_gender, options.seed)
+    _, chips = load_chips(splits["val"] + splits["test"], options.size, *cut)
+    for side in ("val", "test"):
+        splits[side] = [sample for sample in splits[side] if sample.digest in chips.rows]
     if not all(splits.values()):
         sizes = ", ".join(f"{side} {len(part)}" for side, part in splits.items())
         raise ValueError(f"too few usable pictures in {options.data_dir} for three splits: {sizes}")
-    _, chips = load_chips(splits["val"] + splits["test"], options.size, *cut)
-    return Faces(splits, train_chips, chips, rejected, inherited)
+    return Faces(splits, train_chips, chips, rejected, trained_on)
 
 
 def _inherited(options: TrainOptions) -> frozenset[str]:
@@ -114,7 +117,7 @@ def _inherited(options: TrainOptions) -> frozenset[str]:
 
 
 def _with_doubles(samples: list[Sample], groups: npt.NDArray[np.int64], inherited: frozenset[str]) -> frozenset[str]:
-    """What was inherited, and the near-duplicates of it."""
+    """Those pictures of what was inherited that are here, and the near-duplicates of them."""
     known = {group for sample, group in zip(samples, groups, strict=True) if sample.digest[:_DIGITS] in inherited}
     return frozenset(s.digest[:_DIGITS] for s, group in zip(samples, groups, strict=True) if group in known)
 

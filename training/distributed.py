@@ -28,16 +28,21 @@ def train_on_workers(network: Network, faces: Faces, targets: Targets, options: 
     """
     ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=True)
     config = {"network": network, "faces": faces, "targets": targets, "options": options}
-    use_gpu = options.device.startswith("cuda") or (options.device == "auto" and torch.cuda.is_available())
     try:
-        _require("GPU" if use_gpu else "CPU", options.workers)
+        on_gpus = _on_gpus(options.device)
+        _require("GPU" if on_gpus else "CPU", options.workers)
         TorchTrainer(
-            _work, train_loop_config=config, scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=use_gpu)
+            _work, train_loop_config=config, scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=on_gpus)
         ).fit()
     except TrainingFailedError as error:
         raise ValueError(f"training on {options.workers} workers failed: {_reason(error)}") from error
     finally:
         ray.shutdown()
+
+
+def _on_gpus(device: str) -> bool:
+    """Of a cluster it is the machines that work that matter, not the one where training was called."""
+    return device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
 
 
 def _require(kind: str, workers: int) -> None:

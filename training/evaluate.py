@@ -15,7 +15,7 @@ from agegender.model import Predictions
 from agegender.spec import DEFAULT_MODEL
 from training.cache import ChipCache, load_chips
 from training.data import Sample, scan
-from training.dataset import read_splits, splits_path
+from training.dataset import Splits, read_splits, splits_path
 from training.loop import EpochResult, read_curve
 from training.metrics import Scored, measure_groups
 from training.report import Evaluation, write_report
@@ -55,11 +55,17 @@ def run(options: EvaluateOptions) -> Path:
     """
     model = Model(options.model, device=options.device)
     samples, rejected = scan(options.data_dir)
-    samples, warning = _unseen(samples, options.model, options.pictures)
+    splits = read_splits(splits_path(options.model))
+    samples, warning = _unseen(samples, splits, options)
     geometry = (model.spec.chip_size_px, model.spec.chip_margin)
     samples, chips = load_chips(samples, *geometry, options.cache_dir, rejected)
     if not samples:
         raise ValueError(f"no picture in {options.data_dir} can be measured on: {rejected.counts()}")
+    strangers = [splits.of(sample) for sample in samples].count(None)
+    if strangers and not warning:
+        warning = (
+            f"{strangers} pictures are new to the model, unless they are copies in other bytes of what it has seen"
+        )
     print(f"pictures: {len(samples)}; left out: {rejected.counts() or 'none'}")
     return evaluate(
         model,
@@ -95,14 +101,14 @@ def evaluate(
     return report
 
 
-def _unseen(samples: list[Sample], model: Path, pictures: Literal["unseen", "all"]) -> tuple[list[Sample], str | None]:
+def _unseen(samples: list[Sample], splits: Splits, options: EvaluateOptions) -> tuple[list[Sample], str | None]:
     """The pictures to measure on, and what must be said of them."""
-    splits = read_splits(splits_path(model))
     if not splits.sides:
-        return samples, f"there is no {splits_path(model).name} beside the model: it may have seen these pictures"
+        name = splits_path(options.model).name
+        return samples, f"there is no {name} beside the model: it may have seen these pictures"
     unseen = [sample for sample in samples if splits.of(sample) in (None, "test")]
     seen = len(samples) - len(unseen)
-    if pictures == "all":
+    if options.pictures == "all":
         return samples, f"the model has seen {seen} of these {len(samples)} pictures in training" if seen else None
     if not unseen:
         raise ValueError(f"the model has seen all {seen} pictures in training; --pictures all measures on them anyway")

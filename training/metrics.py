@@ -106,7 +106,10 @@ def _auc(scored: Scored, weights: Floats) -> Floats:
 
 
 def _calibration_error(scored: Scored, weights: Floats) -> Floats:
-    """Expected calibration error of the likelier gender's probability (Guo et al. 2017), ten equal bins."""
+    """Expected calibration error of the likelier gender's probability (Guo et al. 2017), ten equal bins.
+
+    Its bootstrap interval lies too high: resampling adds its own noise to each bin, and errors of either sign add up.
+    """
     confidence = np.maximum(scored.female_prob, 1 - scored.female_prob)
     bins = np.minimum(((confidence - 0.5) * 2 * _ECE_BINS).astype(int), _ECE_BINS - 1)
     gap = (confidence - scored.gender_right)[None] * weights

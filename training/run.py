@@ -20,7 +20,7 @@ from agegender.model import find_device
 from agegender.spec import FORMAT_VERSION
 from training.backbones import FOLDED
 from training.branch import join, parse_backbones
-from training.calibrate import COVERAGE, calibrate
+from training.calibrate import COVERAGE, LEAST_TO_COVER, calibrate
 from training.data import Rejected
 from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
 from training.deploy import Deployed
@@ -145,7 +145,9 @@ def _prepare(options: TrainOptions) -> torch.device:
 
 def _summary(faces: Faces) -> str:
     sizes = ", ".join(f"{len(part)} {side}" for side, part in faces.samples.items())
-    return f"faces: {sizes}; left out: {faces.rejected.counts() or 'none'}"
+    few = len(faces.samples["val"]) < LEAST_TO_COVER
+    note = f"\nnote: age intervals that cover {COVERAGE:.0%} need {LEAST_TO_COVER} val faces or more" if few else ""
+    return f"faces: {sizes}; left out: {faces.rejected.counts() or 'none'}{note}"
 
 
 def _write_rejected(rejected: Rejected, path: Path) -> None:
