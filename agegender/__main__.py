@@ -143,8 +143,9 @@ def _new_name(target: Path, drawn: set[Path]) -> Path:
 def _draw(path: Path, result: ImageResult, target: Path) -> int:
     try:
         annotate(decode_image(path.read_bytes()), result).save(target)
-    except (AgeGenderError, OSError) as error:
-        print(f"agegender: {_printable(str(path))}: no annotated copy: {error}", file=sys.stderr)
+    except (AgeGenderError, OSError, MemoryError) as error:
+        reason = error if str(error) else "there is not enough memory"
+        print(f"agegender: {_printable(str(path))}: no annotated copy: {reason}", file=sys.stderr)
         return 1
     return 0
 

@@ -48,6 +48,9 @@ _MAX_SCANS: Final = 64
 _JPEG_MARKER: Final = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
+# With 64 bits a pixel, Pillow calls a longer row a lack of memory.
+_MAX_WIDTH: Final = (1 << 24) - 1
+
 _SIXTEEN_BIT_MODES: Final = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -84,6 +87,8 @@ class EncodedImage:
             source, _ = _open(self._data)
             if self.format == "JPEG" and (scans := _count_scans(self._data)) > _MAX_SCANS:
                 raise ImageDecodeError(f"JPEG image of {scans} scans, over the limit of {_MAX_SCANS}")
+            if source.width > _MAX_WIDTH:
+                raise ImageDecodeError(f"{self.format} image of {source.width:,} pixels a row, over {_MAX_WIDTH:,}")
             if min_side_px is not None and self.format == "JPEG":
                 _allow_dct_scaling(source, min_side_px)
             source.load()
@@ -234,7 +239,7 @@ def _high_bits(source: Image.Image) -> Pixels:
     bits, from_white = 16, False
     if isinstance(source, TiffImagePlugin.TiffImageFile):
         bits = source.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0]
-        from_white = source.tag_v2[TiffImagePlugin.PHOTOMETRIC_INTERPRETATION] == 0
+        from_white = source.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
     grey = (np.asarray(source).astype(np.uint16) >> (bits - 8)).astype(np.uint8)
     return 255 - grey if from_white else grey
 

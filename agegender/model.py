@@ -97,9 +97,8 @@ class Model:
                 with _fastest_engine():
                     module = torch.jit.load(io.BytesIO(artifact), map_location="cpu")  # type: ignore[no-untyped-call]
                 return torch.jit.freeze(module.to(self.device).eval())
-        except torch.OutOfMemoryError as error:
-            raise self._no_memory() from error
         except RuntimeError as error:
+            self._tell_of_memory(error)
             raise ModelLoadError(f"{self._name} is not a TorchScript file that this torch can load") from error
 
     def _try_out(self) -> None:
@@ -107,9 +106,8 @@ class Model:
         try:
             shapes = [column.shape for column in self.predict(np.zeros((1, side, side, 3), np.uint8))]
             fits = shapes == [(1,), (1,), (1,), (1, 2)]
-        except torch.OutOfMemoryError as error:
-            raise self._no_memory() from error
         except (RuntimeError, AttributeError, TypeError) as error:
+            self._tell_of_memory(error)
             raise ModelLoadError(
                 f"{self._name} does not run on {self.device} ({type(error).__name__}); train one with `make train`"
             ) from error
@@ -119,8 +117,12 @@ class Model:
                 "`make train`"
             )
 
-    def _no_memory(self) -> ModelLoadError:
-        return ModelLoadError(f"{self.device} has no memory left for {self._name}; free some, or take another device")
+    def _tell_of_memory(self, error: Exception) -> None:
+        """By its text: inside TorchScript, torch's own kind of error becomes a bare RuntimeError."""
+        if "out of memory" in str(error):
+            raise ModelLoadError(
+                f"{self.device} has no memory left for {self._name}; free some, or take another device"
+            ) from error
 
 
 def find_device(name: str) -> torch.device:

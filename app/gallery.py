@@ -39,6 +39,8 @@ def cut_row(row: Mapping[str, Any]) -> Image.Image:
         raise FaceError("the image is gone") from error
     except (OSError, ValueError, AgeGenderError) as error:
         raise FaceError(f"the image cannot be read: {error}") from error
+    except MemoryError as error:
+        raise FaceError("the image needs more memory than there is") from error
 
 
 def _changed(path: str) -> int | None:

@@ -36,8 +36,12 @@ def running_engine(resources: Resources) -> Iterator[None]:
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with _scratch() as folder, quiet(os.path.join(folder, "engine.log")):
-        _start(resources, folder)
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put one there that exits without a word
+        try:
+            _start(resources, folder)
+        except SystemExit:  # of Ray's own handler, which says nothing
+            raise KeyboardInterrupt from None
+        finally:
+            signal.signal(signal.SIGTERM, on_sigterm)
         try:
             yield
         finally:

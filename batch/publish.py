@@ -94,15 +94,12 @@ def publish(output: Output, run: Run, parts: list[Part], still_held: Callable[[]
         output: a directory with a run.
         run: the run.
         parts: what it has come to.
-        still_held: raises if another run has taken over; asked before anything is moved into place.
+        still_held: raises if another run has taken over; asked before any final file is touched.
 
     Raises:
         IncompleteError: an input has no outcome; nothing is in place then.
     """
-    for folder, prefix in (("_run/staging", ""), ("", f"faces-{run.id}-")):
-        for info in output.list(folder):
-            if info.base_name.startswith(prefix):
-                output.filesystem.delete_file(info.path)
+    _delete_all(output, "_run/staging", "")
     output.filesystem.create_dir(output.staging, recursive=True)
     seen = np.zeros(run.inputs, bool)
     schema = FINAL_SCHEMA.with_metadata(file_metadata(run))
@@ -121,9 +118,16 @@ def publish(output: Output, run: Run, parts: list[Part], still_held: Callable[[]
             "does them, and --overwrite starts anew"
         )
     still_held()
+    _delete_all(output, "", f"faces-{run.id}-")  # of a call that ended while it moved them
     for info in output.list("_run/staging"):
         output.filesystem.move(info.path, output.path(info.base_name))
     output.sync(output.base)
+
+
+def _delete_all(output: Output, folder: str, prefix: str) -> None:
+    for info in output.list(folder):
+        if info.base_name.startswith(prefix):
+            output.filesystem.delete_file(info.path)
 
 
 def file_metadata(run: Run) -> dict[str, str]:

@@ -163,7 +163,7 @@ def _thumbnail(row: dict[str, Any]) -> str:
     """The face, if its image is still there."""
     try:
         pixels = decode_image(read_bytes(row["path"], max_bytes=_MAX_THUMBNAIL_BYTES))
-    except (OSError, ValueError, AgeGenderError):
+    except (OSError, ValueError, MemoryError, AgeGenderError):
         return ""
     box = [int(row[name]) for name in ("x1", "y1", "x2", "y2")]
     face = Image.fromarray(pixels).crop((box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)))

@@ -62,7 +62,12 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
         preview(request, listing, say)
         return
     output.check_writable()
-    with output.locked() as still_held, ThreadPoolExecutor(1) as aside, _told("the same command"):
+    run: Run | None = None
+    with (
+        _told(lambda: same_command(request.mode) if run else "the same command"),
+        output.locked() as still_held,
+        ThreadPoolExecutor(1) as aside,
+    ):
         wanted, model = _identify(request, listing)
         with _engine(request, output, aside):
             if request.mode == "overwrite":
@@ -70,19 +75,18 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
                 output.clear()
             run = _settle(output, wanted, listing, request, say)
             if run is not None:
-                with _told(same_command(request.mode)):
-                    _finish(output, run, model, request, say, started, still_held)
+                _finish(output, run, model, request, say, started, still_held)
 
 
 @contextlib.contextmanager
-def _told(command: str) -> Iterator[None]:
+def _told(command: Callable[[], str]) -> Iterator[None]:
     """Says which command goes on after an interrupt, and after what a disk or an object store refuses in the middle."""
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        raise interrupt if interrupt.args else KeyboardInterrupt(f"{command} goes on from here") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{command()} goes on from here") from None
     except OSError as error:
-        raise JobError(f"{reason_of(error)}; {_stays(command)}") from error
+        raise JobError(f"{reason_of(error)}; {_stays(command())}") from error
 
 
 def _stays(command: str) -> str:

@@ -4,11 +4,16 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from handler import MODEL_NAME
 from handler.server import Server, ServingError, java_home
 from handler.stubs import build_stubs
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _COMMANDS = {
     "archive": "build the archive that the server loads",
@@ -93,9 +98,15 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _heed_signals() -> None:
     """Those that end a process act as Ctrl-C does, so that no server is left half started or half stopped."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, signal.default_int_handler)
+    heeded = [each for each in _ENDING if signal.getsignal(each) is not signal.SIG_IGN]  # nohup lets one be ignored
+
+    def interrupt(*_: object) -> None:
+        for each in heeded:
+            signal.signal(each, signal.SIG_IGN)  # a second one would find the server half ended
+        raise KeyboardInterrupt
+
+    for number in heeded:
+        signal.signal(number, interrupt)
 
 
 def _run(server: Server, timeout_s: float) -> int:
@@ -103,7 +114,8 @@ def _run(server: Server, timeout_s: float) -> int:
         server.start(timeout_s)
         print(server.describe(), flush=True)
         while process := server.process():
-            process.wait()
+            with suppress(psutil.TimeoutExpired):  # looks again, since of a zombie it would wait for ever
+                process.wait(timeout=5)
     except KeyboardInterrupt:
         server.stop()
         return 0

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -356,6 +356,24 @@ def test_an_overwrite_that_was_killed_while_it_deleted_leaves_no_run(
     assert deleted == ["run.json"]
 
 
+def test_a_second_interrupt_changes_no_advice(
+    request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when Ctrl-C comes again while the engine ends."""
+
+    @contextlib.contextmanager
+    def ends_badly(_: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(batch.engine, "running_engine", ends_badly)
+    monkeypatch.setattr(batch.job, "score_manifest", failing(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt, match="the same command without --overwrite goes on"):
+        run_batch(replace(request_, mode="overwrite"), said.append)
+
+
 def test_an_overwrite_that_has_begun_goes_on_without_the_option(
     request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -486,9 +504,13 @@ def test_a_run_that_was_taken_over_while_it_published_moves_nothing(
     run = output.run()
     assert run
     parts, counts = committed_parts(output)
+    others = Path(request_.out) / f"faces-{run.id}-00000.parquet"
+    others.touch()
     with pytest.raises(JobError, match="taken over"):
         publish(output, replace(run, inputs=counts.inputs), parts, failing(JobError("taken over")))
-    assert not output.files()
+    assert others.stat().st_size == 0
+    publish(output, replace(run, inputs=counts.inputs), parts)
+    assert len(pd.read_parquet(others)) == counts.inputs
 
 
 def test_ray_cuts_no_block_in_two(tmp_path: Path) -> None:

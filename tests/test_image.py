@@ -278,9 +278,10 @@ def test_sixteen_bit_grey(format_, encode):
     assert (got == got[:, :, :1]).all()
 
 
-def grey_tiff(order: str, pixels: bytes, *, width: int, bits: int, photometric: int = 1) -> bytes:
+def grey_tiff(order: str, pixels: bytes, *, width: int, bits: int, photometric: int | None = 1) -> bytes:
     """A TIFF of one row; the order of its bytes is `<` or `>`."""
     tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 279: len(pixels)}
+    tags = {tag: value for tag, value in tags.items() if value is not None}
     directory = struct.pack(f"{order}H", len(tags))
     directory += b"".join(struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
     return (
@@ -300,6 +301,18 @@ def test_big_endian_sixteen_bit_tiff():
 def test_sixteen_bit_tiff_that_counts_from_white():
     data = grey_tiff("<", struct.pack("<HHH", 0, 0x1234, 0xFFFF), width=3, bits=16, photometric=0)
     assert decode_image(data)[0, :, 0].tolist() == [0xFF, 0xFF - 0x12, 0]
+
+
+def test_sixteen_bit_tiff_that_does_not_say_from_where_it_counts():
+    data = grey_tiff("<", struct.pack("<HHH", 0, 0x1234, 0xFFFF), width=3, bits=16, photometric=None)
+    assert decode_image(data)[0, :, 0].tolist() == [0, 0x12, 0xFF]
+
+
+def test_a_row_that_is_too_long_for_pillow_is_no_lack_of_memory():
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 45_000_000, 1, 16, 6, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(b"\0")) + png_chunk(b"IEND", b"")
+    with pytest.raises(ImageDecodeError, match="45,000,000 pixels a row, over 16,777,215"):
+        decode_image(data)
 
 
 def test_twelve_bit_tiff():

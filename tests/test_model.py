@@ -371,7 +371,7 @@ def test_the_shipped_artifact_says_what_it_is(shipped, model_path):
 
 def test_a_full_gpu_is_not_told_as_a_damaged_artifact(save, monkeypatch):
     def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise RuntimeError("The following operation failed in the TorchScript interpreter.\nCUDA out of memory.")
 
     monkeypatch.setattr(Model, "predict", full)
     assert "cpu has no memory left for" in refused(save())

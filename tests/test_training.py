@@ -568,17 +568,21 @@ def test_more_workers_than_processors_are_refused(monkeypatch: pytest.MonkeyPatc
         training.distributed._require("GPU", 2)
 
 
-def test_auto_takes_the_gpus_of_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = {"CPU": 2.0, "GPU": 1.0}
+def test_auto_takes_the_gpus_of_a_cluster(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"CPU": 2.0, "GPU": 2.0}
     monkeypatch.setattr("ray.cluster_resources", lambda: there)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     on_gpus = training.distributed._on_gpus
-    assert [on_gpus(device) for device in ("auto", "cpu", "cuda")] == [True, False, True]
-    del there["GPU"]
-    assert not on_gpus("auto")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    for device, expected in (("auto", True), ("cpu", False), ("cuda", True)):
+        assert on_gpus(replace(options, device=device, workers=2)) is expected
+    assert not on_gpus(replace(options, workers=3))
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert not on_gpus(replace(options, workers=2))  # Ray counts what this torch cannot use
 
 
 def test_a_picture_that_is_lost_while_it_is_cut_again_is_left_out(
-    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chips of the two sizes are cut one after the other."""
     lost = load_faces(options).samples["test"][0]
@@ -588,9 +592,8 @@ def test_a_picture_that_is_lost_while_it_is_cut_again_is_left_out(
             samples = [sample for sample in samples if sample.digest != lost.digest]
         return load_chips(samples, size, *arguments)
 
-    shutil.rmtree(options.cache_dir)
     monkeypatch.setattr(training.dataset, "load_chips", cut)
-    faces = load_faces(options)
+    faces = load_faces(replace(options, cache_dir=tmp_path / "cache"))
     assert lost not in faces.samples["test"]
     assert {sample.digest for side in ("val", "test") for sample in faces.samples[side]} <= faces.chips.rows.keys()  # type: ignore[index]
 
@@ -907,10 +910,11 @@ def test_evaluation_leaves_out_what_the_model_has_seen(options: TrainOptions, tm
     assert list(metrics["robustness"]["blur, sigma in px"]) == ["1", "2", "4", "6"]
     assert "<svg" in (tmp_path / "evaluation" / "report.html").read_text()
     assert metrics["warning"] is None
-    for copy in sorted(options.data_dir.glob("*.jpg"))[:5]:
-        with copy.open("ab") as file:
+    data = shutil.copytree(options.data_dir, tmp_path / "data")
+    for picture in sorted(data.glob("*.jpg"))[:5]:
+        with picture.open("ab") as file:
             file.write(b"\0")
-    evaluation(EvaluateOptions(options.data_dir, path, tmp_path / "again", options.cache_dir, robustness_pictures=0))
+    evaluation(EvaluateOptions(data, path, tmp_path / "again", options.cache_dir, robustness_pictures=0))
     metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert re.fullmatch(r"\d pictures are new to the model, unless they are copies.*", metrics["warning"])
 

@@ -29,7 +29,7 @@ def train_on_workers(network: Network, faces: Faces, targets: Targets, options: 
     ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=True)
     config = {"network": network, "faces": faces, "targets": targets, "options": options}
     try:
-        on_gpus = _on_gpus(options.device)
+        on_gpus = _on_gpus(options)
         _require("GPU" if on_gpus else "CPU", options.workers)
         TorchTrainer(
             _work, train_loop_config=config, scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=on_gpus)
@@ -40,9 +40,13 @@ def train_on_workers(network: Network, faces: Faces, targets: Targets, options: 
         ray.shutdown()
 
 
-def _on_gpus(device: str) -> bool:
+def _on_gpus(options: TrainOptions) -> bool:
     """Of a cluster it is the machines that work that matter, not the one where training was called."""
-    return device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
+    if options.device != "auto":
+        return options.device.startswith("cuda")
+    if "RAY_ADDRESS" not in os.environ:
+        return torch.cuda.is_available()
+    return bool(ray.cluster_resources().get("GPU", 0) >= options.workers)
 
 
 def _require(kind: str, workers: int) -> None:
