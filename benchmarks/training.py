@@ -54,12 +54,12 @@ def _measure(options: TrainOptions) -> None:
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     targets = label_targets([s.labels.age_years for s in samples], [s.labels.gender for s in samples])
     chips = AugmentedChips(samples, faces.train_chips, options.size, options.seed, 0)
-    ready = list(epoch_batches(chips, options, 0, 1))
+    ready = list(epoch_batches(chips, options, _CPU))
     epochs, networks, busy = [], [], []
     for _ in range(_ROUNDS):
         state = initial_state(network, len(samples), options)
         psutil.cpu_percent()
-        batches = epoch_batches(chips, options, 0, 1)
+        batches = epoch_batches(chips, options, _CPU)
         epochs.append(_seconds(train_one_epoch, network, state, batches, targets, options, _CPU, 0))
         busy.append(psutil.cpu_percent())
         networks.append(_seconds(_forward_and_backward, network, ready, targets, options))

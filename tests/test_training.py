@@ -50,7 +50,7 @@ from training.evaluate import EvaluateOptions
 from training.evaluate import run as evaluation
 from training.export import Artifact, check_exportable
 from training.face_resnet import FaceResNet, load_packaged_weights
-from training.loop import BEST, AugmentedChips, _validate, load_weights, read_curve, train
+from training.loop import BEST, AugmentedChips, _validate, epoch_batches, load_weights, read_curve, train
 from training.loss import Targets, criterion, expected_age, label_targets
 from training.metrics import Scored, measure
 from training.network import AGE_BINS, Logits, Network, create_network
@@ -568,6 +568,19 @@ def test_more_workers_than_processors_are_refused(monkeypatch: pytest.MonkeyPatc
         training.distributed._require("GPU", 2)
 
 
+def test_processes_that_augment_take_no_cores_from_the_network(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faces = load_faces(options)
+    chips = AugmentedChips(faces.samples["train"], faces.train_chips, options.size, seed=0, epoch=0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    by_itself, cpu, gpu = replace(options, num_workers=None), torch.device("cpu"), torch.device("cuda")
+    assert epoch_batches(chips, by_itself, cpu).num_workers == 0
+    assert epoch_batches(chips, by_itself, gpu).num_workers == 8
+    assert epoch_batches(chips, by_itself, gpu, world=4).num_workers == 3
+    assert epoch_batches(chips, replace(options, num_workers=2), cpu).num_workers == 2
+
+
 def test_auto_takes_the_gpus_of_a_cluster(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"CPU": 2.0, "GPU": 2.0}
     monkeypatch.setattr("ray.cluster_resources", lambda: there)
@@ -576,7 +589,7 @@ def test_auto_takes_the_gpus_of_a_cluster(options: TrainOptions, monkeypatch: py
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     for device, expected in (("auto", True), ("cpu", False), ("cuda", True)):
         assert on_gpus(replace(options, device=device, workers=2)) is expected
-    assert not on_gpus(replace(options, workers=3))
+    assert not on_gpus(replace(options, workers=4))
     monkeypatch.delenv("RAY_ADDRESS")
     assert not on_gpus(replace(options, workers=2))  # Ray counts what this torch cannot use
 

@@ -131,7 +131,7 @@ def train(network: Network, faces: Faces, targets: Targets, options: TrainOption
         _seed_everything(options.seed, epoch)
         size_px = options.train_size(epoch)
         chips = AugmentedChips(faces.samples["train"], faces.train_chips, size_px, options.seed, epoch)
-        batches = epoch_batches(chips, options, rank, world)
+        batches = epoch_batches(chips, options, device, rank, world)
         loss = train_one_epoch(replica, state, batches, targets, options, device, epoch)
         row = None
         if val_chips is not None:
@@ -248,16 +248,20 @@ def _seed_everything(seed: int, epoch: int) -> None:
     random.seed(seed * 100_003 + epoch)
 
 
-def epoch_batches(dataset: AugmentedChips, options: TrainOptions, rank: int, world: int) -> "DataLoader[Batch]":
+def epoch_batches(
+    dataset: AugmentedChips, options: TrainOptions, device: torch.device, rank: int = 0, world: int = 1
+) -> "DataLoader[Batch]":
     """This process's share of each batch of the epoch, in an order drawn from the seed."""
     size = min(options.batch_size, len(dataset))
     generator = torch.Generator().manual_seed(options.seed * 100_003 + dataset.epoch)
     order = torch.randperm(len(dataset), generator=generator)[: len(dataset) // size * size]
+    beside_gpu = min(8, max(1, (os.cpu_count() or 1) // world)) if device.type == "cuda" else 0
+    processes = beside_gpu if options.num_workers is None else options.num_workers
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # _collate makes batches of its items
         batch_sampler=order.view(-1, size)[:, rank::world].tolist(),
-        num_workers=options.num_workers,
-        prefetch_factor=4 if options.num_workers else None,
+        num_workers=processes,
+        prefetch_factor=4 if processes else None,
         worker_init_fn=_start_worker,
         collate_fn=_collate,
     )

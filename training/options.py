@@ -80,8 +80,9 @@ class TrainOptions:
 
     seed: int = 0
     """Seed of split, initial weights and augmentation."""
-    num_workers: int = 1
-    """Processes that augment chips while the network trains."""
+    num_workers: int | None = None
+    """Processes that augment chips while the network trains; by default none where it trains on the cores that they
+    would take from it, and up to eight beside a GPU."""
     threads: int | None = None
     """Threads of the network on a CPU; all cores by default."""
     amp: bool = False
