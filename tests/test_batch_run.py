@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -513,11 +514,11 @@ def test_a_run_that_was_taken_over_while_it_published_moves_nothing(
     assert len(pd.read_parquet(others)) == counts.inputs
 
 
-def test_ray_cuts_no_block_in_two(tmp_path: Path) -> None:
-    with DataContext.current(DataContext.get_current().copy()):
-        assert DataContext.get_current().target_max_block_size
-        batch.job._configure(Output(str(tmp_path)))
-        assert DataContext.get_current().target_max_block_size is None
+def test_ray_cuts_no_block_in_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = SimpleNamespace(target_max_block_size=DataContext.target_max_block_size)
+    monkeypatch.setattr(DataContext, "get_current", lambda: context)
+    batch.job._configure(Output(str(tmp_path)))
+    assert context.target_max_block_size is None
 
 
 def test_dry_run_counts_and_writes_nothing(request_: Request, engine: Engine, said: list[str]) -> None:
