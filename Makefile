@@ -74,7 +74,7 @@ test: $(READY) ## Run the tests (about ten minutes on two cores)
 test-slow: $(READY) ## Run the chaos, soak and long fuzz tests
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
-bench: $(READY) ## Measure everything into benchmarks/RESULTS.md: DATA=DIR ARGS="--quick --only NAME,..."
+bench: $(READY) ## Run all that benchmarks/RESULTS.md shows: DATA=DIR ARGS="--quick --only NAME,..."
 	@$(BIN)/python -m benchmarks $(if $(DATA),--data-dir "$(DATA)") $(ARGS)
 
 check: $(READY) ## Lint, check formatting and types, as the pre-commit hook does

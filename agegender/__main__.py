@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m agegender",
         description="Tells perceived age and gender of the faces in photographs.",
-        epilog="Exit code: 0 all photos were looked at, 1 some could not be, 2 wrong call.",
+        epilog="Exit code: 0 all photos were looked at, 1 one could not be, or a copy not be written, 2 wrong call, "
+        "model or server, 130 interrupted.",
     )
     parser.add_argument("photos", nargs="+", metavar="PHOTO", help="JPEG, PNG, WebP, BMP, TIFF or GIF file")
     parser.add_argument("--json", action="store_true", help="one JSON object per photo and line, instead of a table")

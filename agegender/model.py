@@ -1,6 +1,7 @@
 """chips -> predictions: the TorchScript artifact.
 
-Every call of torch.jit outside `training.export` is in this file, so that torch.export can take its place in one edit.
+Every call of torch.jit outside `training.export`, tests and benchmarks is in this file, so that torch.export can take
+its place in one edit.
 """
 
 import hashlib

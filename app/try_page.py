@@ -79,7 +79,7 @@ def _choose_items() -> list[Item]:
         picture = st.camera_input("Take a picture", label_visibility="collapsed", resolution="720p", width=640)
         return [Item(picture.getvalue(), "camera.jpg")] if picture else []
     files = st.file_uploader(
-        "JPEG, PNG, WebP, BMP, TIFF or GIF; they stay in this computer's memory and are not kept",
+        "JPEG, PNG, WebP, BMP, TIFF or GIF; kept in memory only, and sent to the server where one is chosen",
         accept_multiple_files=True,
         key="files",
     )
@@ -89,7 +89,7 @@ def _choose_items() -> list[Item]:
 def _choose_samples() -> list[Item]:
     paths = {path.name: path for path in sorted(_SAMPLES.glob("*")) if path.is_file()}
     if not paths:
-        st.info(f"There are no samples in {_SAMPLES}; `make samples` puts them there.", icon=":material/info:")
+        st.info(f"There are no samples in {_SAMPLES}; `make batch` puts them there.", icon=":material/info:")
         return []
     names = st.pills(
         "Samples", list(paths), selection_mode="multi", default=next(iter(paths)), label_visibility="collapsed"

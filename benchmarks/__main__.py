@@ -168,7 +168,7 @@ def _plot(name: str, figures: Path, out_dir: Path) -> list[str]:
 
 def _page(options: argparse.Namespace) -> Iterator[str]:
     yield from ("# What was measured", "")
-    yield "Made by `make bench`; each table names the command that makes it again. " + _machine()
+    yield "Each table names the command that made it; `make bench` runs them all with their defaults. " + _machine()
     yield from ("", f"Model: {_model()}. Versions: Python {platform.python_version()}, {_versions()}.", "")
     for name in SCRIPTS:
         section = options.keep_dir / f"{name}.section"

@@ -297,8 +297,8 @@ def _watch(process: "subprocess.Popen[str]", cpu_s: list[tuple[float, float]]) -
 
 def _report(bench: Bench, sources: dict[str, Images], results: Sequence[Measurement], failed: dict[str, str]) -> str:
     lines = [
-        f"{bench.options.workers} processes on {psutil.cpu_count()} cores, {bench.options.rounds} rounds of about "
-        f"{bench.options.seconds:g} s each; median (least-most). {WHO}",
+        f"{bench.options.workers} processes on {psutil.cpu_count()} cores, {bench.options.rounds} rounds, jobs of "
+        f"about {bench.options.seconds:g} s, bare, peer and original a third of it; median (least-most). {WHO}",
         "",
         f"Images: {'; '.join(f'{name}, {images.description}' for name, images in sources.items())}.",
         "",

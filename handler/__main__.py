@@ -37,9 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND")
-    parser.add_argument("--config", type=Path, default=Path("config.properties"), help="TorchServe's settings")
     parser.add_argument(
-        "--timeout", type=float, default=120, metavar="S", help="start: at most this long (default 120)"
+        "--config", type=Path, default=Path("config.properties"), help="TorchServe's settings (default %(default)s)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=120, metavar="S", help="start, run: wait at most this long (default 120)"
     )
     parser.add_argument("--model", type=Path, help="archive: the artifact (default: model_store/agegender.pt)")
     parser.add_argument("--output", type=Path, help="archive: the file to write (default: model_store/agegender.mar)")

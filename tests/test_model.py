@@ -375,3 +375,9 @@ def test_a_full_gpu_is_not_told_as_a_damaged_artifact(save, monkeypatch):
 
     monkeypatch.setattr(Model, "predict", full)
     assert "cpu has no memory left for" in refused(save())
+
+
+@pytest.mark.parametrize("name", ["agegender.pt", "agegender-fast.pt"])
+def test_the_shipped_artifacts_do_not_tell_where_their_code_lay(model_path, name):
+    with zipfile.ZipFile(model_path.with_name(name)) as archive:
+        assert not [member for member in archive.namelist() if b"site-packages" in archive.read(member)]

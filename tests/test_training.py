@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -346,6 +347,10 @@ def test_a_run_ends_in_an_artifact_that_predicts(options: TrainOptions, labelled
     assert model.spec.metrics["pictures"] == sum(
         side == "test" for side in read_splits(splits_path(path)).sides.values()
     )
+    with zipfile.ZipFile(options.out_dir / ARTIFACT) as archive:  # says nothing of this machine
+        assert not [
+            name for name in archive.namelist() if str(Path(training.__file__).parent).encode() in archive.read(name)
+        ]
     results = Predictor(model).predict([each.read_bytes() for each in sorted(labelled_dir.glob("*chip.jpg"))[:4]])
     assert [result.status for result in results] == ["ok"] * 4
     face = results[0].faces[0]

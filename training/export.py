@@ -1,12 +1,14 @@
 """Trained network + calibration -> the TorchScript artifact."""
 
 import copy
+import io
 import os
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,11 +89,20 @@ def check_exportable(network: Network, options: TrainOptions) -> None:
 
 def export(network: Deployed, calibration: Calibration, spec: ModelSpec, path: Path) -> None:
     """Writes the artifact beside `path` and renames it into place."""
-    temporary = path.with_suffix(".tmp")
+    saved, temporary = io.BytesIO(), path.with_suffix(".tmp")
     with _hearing_out_torchscript():
         scripted = torch.jit.script(Artifact(network, calibration).eval())
-        torch.jit.save(scripted, str(temporary), _extra_files={SPEC_FILE: spec.to_json()})
+        torch.jit.save(scripted, saved, _extra_files={SPEC_FILE: spec.to_json()})
+    _write_without_origins(saved, temporary)
     os.replace(temporary, path)
+
+
+def _write_without_origins(saved: BinaryIO, path: Path) -> None:
+    """Leaves out from which line of which file each operation came, which tells of the machine that exports."""
+    with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path, "w") as new:
+        for member in old.infolist():
+            if not member.filename.endswith(".debug_pkl"):
+                new.writestr(member, old.read(member))
 
 
 @contextmanager
