@@ -48,7 +48,7 @@ _MAX_SCANS: Final = 64
 _JPEG_MARKER: Final = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
-# With 64 bits a pixel, Pillow calls a longer row a lack of memory.
+# Pillow calls a row of 2**31 bits a lack of memory; a pixel has at most 64, so this is half of the shortest such row.
 _MAX_WIDTH: Final = (1 << 24) - 1
 
 _SIXTEEN_BIT_MODES: Final = ("I;16", "I;16L", "I;16B", "I;16N")

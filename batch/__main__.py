@@ -66,14 +66,14 @@ def _run(action: Callable[[argparse.Namespace], None], options: argparse.Namespa
 
 
 def _score(options: argparse.Namespace) -> None:
-    from batch.location import decode_path, is_remote, normalize
+    from batch.location import filesystem_of, is_remote, normalize
     from batch.run import run_batch
     from batch.samples import write_samples
 
     if options.samples and not options.dry_run:
         if is_remote(options.sources[0]):
             raise ValueError(f"the samples go into a directory of this machine, not to {options.sources[0]}")
-        write_samples(Path(os.fsdecode(decode_path(normalize(options.sources[0])))))
+        write_samples(Path(filesystem_of(normalize(options.sources[0]))[1]))
     stream = sys.stdout  # while the engine runs, `sys.stdout` is for its libraries
     run_batch(_request(options), lambda text: print(text, file=stream, flush=True))
 

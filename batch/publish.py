@@ -87,7 +87,7 @@ def _of_blocks(table: pa.Table, blocks: frozenset[int]) -> pa.Table:
     return table.filter(pa.compute.is_in(table["block"], pa.array(sorted(blocks), pa.int64())))
 
 
-def publish(output: Output, run: Run, parts: list[Part], still_held: Callable[[], None] = lambda: None) -> None:
+def publish(output: Output, run: Run, parts: list[Part], still_held: Callable[[], None]) -> None:
     """Writes the final files, first aside, then all into place.
 
     Args:

@@ -247,7 +247,7 @@ def _publishing(count: int) -> dict[str, float]:
         base, started = _forget_peak(), time.monotonic()
         parts, _ = committed_parts(output)
         counted = time.monotonic()
-        publish(output, run, parts)
+        publish(output, run, parts, lambda: None)
         return {
             "parts": count,
             "counting_s": counted - started,

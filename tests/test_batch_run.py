@@ -28,7 +28,7 @@ from batch.__main__ import main
 from batch.engine import quiet
 from batch.errors import IncompleteError, JobError, OutputError, SourceError, TooManyBadError
 from batch.listing import Input, blocks_of
-from batch.output import Output
+from batch.output import Output, Run
 from batch.progress import BlockReport, Progress, Tally, bad_count
 from batch.publish import committed_parts, publish
 from batch.report import write_report
@@ -135,11 +135,8 @@ def test_an_interrupted_run_does_only_the_rest(request_: Request, engine: Engine
     whole = replace(request_, out=f"{request_.out}-whole")
     run_batch(whole, said.append)
     engine.blocks.clear()
-    engine.stop_after = 2
-    with pytest.raises(JobError):
-        run_batch(request_, said.append)
+    interrupt(request_, engine, said, after=2)
     assert Output(request_.out).finished() is None
-    engine.stop_after = None
     run_batch(request_, said.append)
     assert sorted(engine.blocks) == list(range(4))
     assert pq.read_table(request_.out).equals(pq.read_table(whole.out))
@@ -171,9 +168,7 @@ def test_another_run_is_refused_with_the_reason(
     if finished:
         run_batch(request_, said.append)
     else:
-        engine.stop_after = 1
-        with pytest.raises(JobError):
-            run_batch(request_, said.append)
+        interrupt(request_, engine, said, after=1)
     with pytest.raises(OutputError, match=reason):
         run_batch(replace(request_, **change), said.append)
 
@@ -207,14 +202,28 @@ def test_another_code_is_refused(
         run_batch(request_, said.append)
 
 
+def interrupt(request: Request, engine: Engine, said: list[str], *, after: int) -> None:
+    """A run that ends after so many blocks; the next one does not."""
+    engine.stop_after = after
+    with pytest.raises(JobError):
+        run_batch(request, said.append)
+    engine.stop_after = None
+
+
+def interrupted(request: Request, engine: Engine, said: list[str]) -> tuple[Output, Run]:
+    """An output with three blocks of a run."""
+    interrupt(request, engine, said, after=3)
+    output = Output(request.out)
+    run = output.run()
+    assert run
+    return output, run
+
+
 def begin_to_append(request: Request, engine: Engine, said: list[str], source: Path) -> Request:
     """One more file, and a run that adds it to a finished output and ends before its first block."""
     (source / "late.png").write_bytes(b"words")
     again = replace(request, mode="append")
-    engine.stop_after = 0
-    with pytest.raises(JobError):
-        run_batch(again, said.append)
-    engine.stop_after = None
+    interrupt(again, engine, said, after=0)
     return again
 
 
@@ -259,11 +268,8 @@ def test_an_append_that_ended_while_it_began_goes_on(
     run_batch(request_, said.append)
     begin_to_append(request_, engine, said, source)
     (Path(request_.out) / "_SUCCESS").touch()  # it goes after run.json has come
-    engine.stop_after = 0
-    with pytest.raises(JobError):
-        run_batch(request_, said.append)
+    interrupt(request_, engine, said, after=0)
     assert Output(request_.out).finished() is None
-    engine.stop_after = None
     run_batch(request_, said.append)
     assert engine.calls == 4
     assert len(pd.read_parquet(request_.out)) == 51
@@ -289,15 +295,10 @@ def test_an_append_takes_nothing_from_a_run_that_ended_while_it_tidied_up(
 
 
 def test_outcomes_of_another_run_are_not_published(request_: Request, engine: Engine, said: list[str]) -> None:
-    engine.stop_after = 3
-    with pytest.raises(JobError):
-        run_batch(request_, said.append)
-    output = Output(request_.out)
-    run = output.run()
-    assert run
+    output, run = interrupted(request_, engine, said)
     for other in (replace(run, first_id=8), replace(run, inputs=16)):
         with pytest.raises(IncompleteError, match="of another run"):
-            publish(output, other, committed_parts(output)[0])
+            publish(output, other, committed_parts(output)[0], lambda: None)
 
 
 def test_results_that_have_lost_their_run_are_not_deleted_without_a_word(
@@ -314,11 +315,8 @@ def test_results_that_have_lost_their_run_are_not_deleted_without_a_word(
 
 
 def test_a_run_that_a_power_cut_left_in_pieces_begins_anew(request_: Request, engine: Engine, said: list[str]) -> None:
-    engine.stop_after = 1
-    with pytest.raises(JobError):
-        run_batch(request_, said.append)
+    interrupt(request_, engine, said, after=1)
     (Path(request_.out) / "_run" / "run.json").write_text("")
-    engine.stop_after = None
     run_batch(request_, said.append)
     assert len(pd.read_parquet(request_.out)) == 50
 
@@ -342,9 +340,7 @@ def test_overwrite_deletes_nothing_for_a_name_without_files(request_: Request, e
 def test_an_overwrite_that_was_killed_while_it_deleted_leaves_no_run(
     request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine.stop_after = 1
-    with pytest.raises(JobError):
-        run_batch(request_, said.append)
+    interrupt(request_, engine, said, after=1)
     deleted: list[str] = []
 
     def killed(_: Any, info: Any) -> None:
@@ -475,9 +471,7 @@ def test_too_many_bad_inputs_end_the_run_until_more_are_allowed(
 def test_a_block_that_was_written_twice_counts_once_and_a_lost_one_is_missed(
     request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine.stop_after = 3
-    with pytest.raises(JobError):
-        run_batch(request_, said.append)
+    interrupt(request_, engine, said, after=3)
     run = Path(request_.out) / "_run"
     with monkeypatch.context() as patch:
         patch.setattr(Output, "read_bytes", failing(OSError("the store is away")))
@@ -498,19 +492,14 @@ def test_a_block_that_was_written_twice_counts_once_and_a_lost_one_is_missed(
 def test_a_run_that_was_taken_over_while_it_published_moves_nothing(
     request_: Request, engine: Engine, said: list[str]
 ) -> None:
-    engine.stop_after = 3
-    with pytest.raises(JobError):
-        run_batch(request_, said.append)
-    output = Output(request_.out)
-    run = output.run()
-    assert run
+    output, run = interrupted(request_, engine, said)
     parts, counts = committed_parts(output)
     others = Path(request_.out) / f"faces-{run.id}-00000.parquet"
     others.touch()
     with pytest.raises(JobError, match="taken over"):
         publish(output, replace(run, inputs=counts.inputs), parts, failing(JobError("taken over")))
     assert others.stat().st_size == 0
-    publish(output, replace(run, inputs=counts.inputs), parts)
+    publish(output, replace(run, inputs=counts.inputs), parts, lambda: None)
     assert len(pd.read_parquet(others)) == counts.inputs
 
 
