@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import subprocess
 import sys
 import time
@@ -9,15 +10,18 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ts.metrics.caching_metric import CachingMetric as TorchServesMetric
 
 from agegender import Predictor
 from agegender.records import from_json
 from handler import BUSY_LOCK, DRAINING
 from handler.archive import build_archive
 from handler.handler import AgeGenderHandler
+from handler.metrics import Metrics
 
 
 class Metric:
@@ -178,6 +182,33 @@ def test_counts_stages_answers_and_faces(
     statuses = {labels[-1]: value for value, labels in metrics["agegender_images"].values}
     assert statuses == {"ok": 1, "no_face": 1, "not_image": 1}
     assert sum(value for value, _ in metrics["agegender_faces"].values) == 2
+
+
+def test_the_metrics_of_a_batch_are_written_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ts.metrics")
+    writes: list[str] = []
+    output = logging.StreamHandler(SimpleNamespace(write=writes.append))
+    metrics = Metrics(SimpleNamespace(model_name="agegender", add_metric_to_cache=TorchServesMetric))
+    logging.getLogger().addHandler(output)
+    try:
+        for stage in ("detect", "detect", "predict"):
+            metrics.time(stage, 0.25)
+        metrics.count_answer(200)
+        metrics.count_answer(200)
+        metrics.emit()
+        metrics.emit()  # nothing is left
+        metrics.count_answer(404)
+        metrics.emit()
+    finally:
+        logging.getLogger().removeHandler(output)
+    first, second = ([line.partition("|#hostname")[0] for line in write.splitlines()] for write in writes)
+    assert first == [
+        "[METRICS]agegender_detect_seconds.Seconds:0.25|#Model:agegender|#type:HISTOGRAM",
+        "[METRICS]agegender_detect_seconds.Seconds:0.25|#Model:agegender|#type:HISTOGRAM",
+        "[METRICS]agegender_predict_seconds.Seconds:0.25|#Model:agegender|#type:HISTOGRAM",
+        "[METRICS]agegender_answers.Count:2|#Model:agegender,Status:200|#type:COUNTER",
+    ]
+    assert second == ["[METRICS]agegender_answers.Count:1|#Model:agegender,Status:404|#type:COUNTER"]
 
 
 def test_the_archive_is_the_same_from_build_to_build(archive: Path, tmp_path: Path, model_path: Path) -> None:
