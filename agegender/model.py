@@ -151,11 +151,12 @@ def find_device(name: str) -> torch.device:
 def _fastest_engine() -> Iterator[None]:
     """8-bit weights that are unpacked in this context run on the library that is fastest on this processor.
 
-    Where it has no AVX-512, that is oneDNN rather than torch's own choice, FBGEMM: `benchmarks.engines` has the ratio.
+    On x86 that is oneDNN alone; torch's own choice there leaves part of a network, or without AVX-512 all of it, to
+    FBGEMM. `benchmarks.engines` has the ratio.
     """
     backend = torch.backends.quantized
     before = backend.engine
-    if torch.backends.cpu.get_cpu_capability() == "AVX2" and "onednn" in backend.supported_engines:
+    if before == "x86" and "onednn" in backend.supported_engines:
         backend.engine = "onednn"
     try:
         yield
