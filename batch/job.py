@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from batch.engine import worker_count
 from batch.errors import JobError, reason_of
 from batch.gpu import start_models
-from batch.output import Output
+from batch.output import Output, Run
 from batch.progress import BlockReport, Tally
 from batch.request import Resources, ScoreOptions
 from batch.scorer import BLOCK_SCHEMA, Scorer
@@ -42,15 +42,17 @@ def _explained() -> Iterator[None]:
 @_explained()
 def score_manifest(
     output: Output,
+    run: Run,
     options: ScoreOptions,
     model: bytes,
     resources: Resources,
     on_progress: Callable[[BlockReport], None],
 ) -> None:
-    """Scores what the manifest holds and the checkpoint does not, into `output.parts`. Ray must be up.
+    """Scores what the manifest holds and the checkpoint does not, into its parts. Ray must be up.
 
     Args:
         output: a directory with a run that has begun.
+        run: the run.
         options: what the values depend on.
         model: the artifact.
         resources: where the job runs.
@@ -63,7 +65,7 @@ def score_manifest(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # lives as long as we do
     lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
     tally = _RemoteTally(lasting(Tally).remote())
-    pipeline = _Pipeline(output, options, model, resources, tally)
+    pipeline = _Pipeline(output, run, options, model, resources, tally)
     pipeline.start()
     patience = _Patience()
     while pipeline.is_alive():
@@ -129,11 +131,18 @@ class _Pipeline(threading.Thread):
     """Runs Ray Data's blocking call aside, so that the main thread can show progress and take Ctrl-C."""
 
     def __init__(
-        self, output: Output, options: ScoreOptions, model: bytes, resources: Resources, tally: _RemoteTally
+        self,
+        output: Output,
+        run: Run,
+        options: ScoreOptions,
+        model: bytes,
+        resources: Resources,
+        tally: _RemoteTally,
     ) -> None:
         super().__init__(daemon=True)
         self.error: Exception | None = None
         self._output = output
+        self._of = run
         self._constructor = {
             "options": options,
             "model": model,
@@ -144,7 +153,7 @@ class _Pipeline(threading.Thread):
 
     def run(self) -> None:
         try:
-            _configure(self._output)
+            _configure(self._output, self._of)
             self._execute()
         except Exception as error:  # the main thread raises it
             self.error = error
@@ -161,12 +170,13 @@ class _Pipeline(threading.Thread):
             zero_copy_batch=True,
             num_cpus=1,
         )
-        outcomes.write_parquet(output.parts, filesystem=output.filesystem, schema=BLOCK_SCHEMA, compression="zstd")
+        parts = output.parts(self._of)
+        outcomes.write_parquet(parts, filesystem=output.filesystem, schema=BLOCK_SCHEMA, compression="zstd")
 
 
-def _configure(output: Output) -> None:
+def _configure(output: Output, run: Run) -> None:
     checkpoint = CheckpointConfig(
-        "block", output.checkpoint, delete_checkpoint_on_success=False, override_filesystem=output.filesystem
+        "block", output.checkpoint(run), delete_checkpoint_on_success=False, override_filesystem=output.filesystem
     )
     checkpoint.checkpoint_actor_pool_max_size = 1
     checkpoint.checkpoint_actor_memory_bytes = 200 * 2**20

@@ -3,8 +3,9 @@
     empty -> listing -> resumable -> finished
 
 While a run goes on, everything lies in `_run/`, which readers of Parquet directories skip: the manifest, `run.json`
-(its presence says that the manifest is complete), Ray's checkpoint and the parts that it speaks of. At the end the
-parts become `faces-*.parquet`, then `_summary.json` and `_SUCCESS` appear, and `_run/` goes.
+(its presence says that the manifest is complete), and under the run's id Ray's checkpoint and the parts that it speaks
+of: what a node of a run that was replaced still writes is none of its successor's. At the end the parts become
+`faces-*.parquet`, then `_summary.json` and `_SUCCESS` appear, and `_run/` goes.
 """
 
 import contextlib
@@ -101,15 +102,13 @@ class Output:
         """Directory of the manifest's shards."""
         return self.path(_RUN, "manifest")
 
-    @property
-    def parts(self) -> str:
+    def parts(self, run: Run) -> str:
         """Directory of what Ray writes."""
-        return self.path(_RUN, "parts")
+        return self.path(_RUN, run.id, "parts")
 
-    @property
-    def checkpoint(self) -> str:
+    def checkpoint(self, run: Run) -> str:
         """Directory of Ray's checkpoint."""
-        return self.path(_RUN, "checkpoint")
+        return self.path(_RUN, run.id, "checkpoint")
 
     @property
     def staging(self) -> str:
@@ -148,11 +147,11 @@ class Output:
 
     def files(self) -> list[str]:
         """Paths of the final Parquet files."""
-        return [info.path for info in self.list("") if re.fullmatch(r"faces-.*\.parquet", info.base_name)]
+        return [info.path for info in self.list() if re.fullmatch(r"faces-.*\.parquet", info.base_name)]
 
-    def list(self, folder: str) -> list[fs.FileInfo]:
-        """Entries of a directory below this one, sorted by path; empty if it is not there."""
-        selector = fs.FileSelector(self.path(folder).rstrip("/"), allow_not_found=True)
+    def list(self, folder: str | None = None) -> list[fs.FileInfo]:
+        """Entries of this directory or another one on `filesystem`, sorted by path; empty if it is not there."""
+        selector = fs.FileSelector(folder or self.base, allow_not_found=True)
         return sorted(self.filesystem.get_file_info(selector), key=lambda info: info.path)
 
     def check_ours(self) -> None:
@@ -169,7 +168,7 @@ class Output:
             )
         if self.filesystem.get_file_info(self.base).type is fs.FileType.File:
             raise OutputError(f"{self.name} is a file; give a directory for the output")
-        names = [info.base_name for info in self.list("")]
+        names = [info.base_name for info in self.list()]
         foreign = [name for name in names if not _OURS.fullmatch(name) and not _LEASE.fullmatch(name)]
         if foreign:
             raise OutputError(
@@ -194,7 +193,7 @@ class Output:
     def clear(self) -> None:
         """Deletes what this program wrote there, and nothing else."""
         self.clear_run()
-        for info in self.list(""):
+        for info in self.list():
             if _OURS.fullmatch(info.base_name):
                 _delete(self.filesystem, info)
 

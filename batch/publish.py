@@ -38,8 +38,8 @@ class Part:
     blocks: frozenset[int]
 
 
-def committed_parts(output: Output) -> tuple[list[Part], Counts]:
-    """Finds the parts that count, deletes what else an interrupted run has left, and counts the outcomes so far.
+def committed_parts(output: Output, run: Run) -> tuple[list[Part], Counts]:
+    """Finds the parts of a run that count, deletes what else is beside them, and counts the outcomes so far.
 
     A part counts if its checkpoint is committed and both are whole; a block counts once. Ray writes neither file in
     one step, nor to disk before it goes on, so after a crash each may be there in pieces.
@@ -51,9 +51,9 @@ def committed_parts(output: Output) -> tuple[list[Part], Counts]:
     counts = Counts()
     seen: set[int] = set()
     orphans: dict[str, list[str]] = defaultdict(list)
-    for info in output.list("_run/parts"):
+    for info in output.list(output.parts(run)):
         orphans[info.base_name.rpartition("-")[0]].append(info.path)  # STEM-0.parquet belongs to STEM.parquet
-    for info in output.list("_run/checkpoint"):
+    for info in output.list(output.checkpoint(run)):
         stem = info.base_name.removesuffix(".parquet")
         files = orphans.get(stem, [])
         table = _read_part(output, info.path, files)
@@ -99,7 +99,7 @@ def publish(output: Output, run: Run, parts: list[Part], still_held: Callable[[]
     Raises:
         IncompleteError: an input has no outcome; nothing is in place then.
     """
-    _delete_all(output, "_run/staging", "")
+    _delete_all(output, output.staging, "")
     output.filesystem.create_dir(output.staging, recursive=True)
     seen = np.zeros(run.inputs, bool)
     schema = FINAL_SCHEMA.with_metadata(file_metadata(run))
@@ -118,8 +118,8 @@ def publish(output: Output, run: Run, parts: list[Part], still_held: Callable[[]
             "does them, and --overwrite starts anew"
         )
     still_held()
-    _delete_all(output, "", f"faces-{run.id}-")  # of a call that ended while it moved them
-    for info in output.list("_run/staging"):
+    _delete_all(output, output.base, f"faces-{run.id}-")  # of a call that ended while it moved them
+    for info in output.list(output.staging):
         output.filesystem.move(info.path, output.path(info.base_name))
     output.sync(output.base)
 

@@ -249,14 +249,14 @@ def _finish(
     """Scores what is left, puts the outcomes into place and tells of them."""
     from batch.publish import committed_parts, describe, publish
 
-    _, before = committed_parts(output)
+    _, before = committed_parts(output, run)
     watch = _Watch(run, before.statuses, request)
     if before.inputs:
         say(f"{before.inputs:,} of {run.inputs:,} files were done before.")
     if before.inputs < run.inputs:
         _score(output, run, model, request, watch)
     still_held()
-    parts, counts = committed_parts(output)
+    parts, counts = committed_parts(output, run)
     watch.judge(counts.statuses)
     publish(output, run, parts, still_held)
     done, seconds, startup_s = counts.inputs - before.inputs, time.monotonic() - started, watch.startup_s(started)
@@ -279,7 +279,7 @@ def _score(output: Output, run: Run, model: bytes, request: Request, watch: "_Wa
     from batch.job import score_manifest
 
     try:
-        score_manifest(output, request.options, model, request.resources, watch.see)
+        score_manifest(output, run, request.options, model, request.resources, watch.see)
     except JobError as error:
         raise JobError(f"{error}; {_stays(same_command(request.mode))}") from error
     finally:

@@ -157,15 +157,15 @@ def _start(folder: Path, out: Path, options: argparse.Namespace) -> "subprocess.
 
 
 def _parts(out: Path) -> int:
-    return sum(".pending." not in path.name for path in (out / "_run" / "checkpoint").glob("*.parquet"))
+    return sum(".pending." not in path.name for path in (out / "_run").glob("*/checkpoint/*.parquet"))
 
 
 def _inputs_done(out: Path) -> tuple[int, int]:
     """Parts and inputs that are committed."""
     output = Output(str(out))
-    if output.run() is None:
+    if (run := output.run()) is None:
         return 0, 0
-    parts, counts = committed_parts(output)
+    parts, counts = committed_parts(output, run)
     return len(parts), counts.inputs
 
 
@@ -237,15 +237,16 @@ def _publishing(count: int) -> dict[str, float]:
     inputs = count * ROWS_PER_PART
     with tempfile.TemporaryDirectory() as folder:
         output = Output(folder)
-        for path in (output.parts, output.checkpoint):
+        run = Run("0" * 8, now(), "0", {"sha256": ""}, {}, [], inputs, count)
+        parts_folder, checkpoint = output.parts(run), output.checkpoint(run)
+        for path in (parts_folder, checkpoint):
             os.makedirs(path)
         for block in range(count):
             table = _part(block)
-            pq.write_table(table, f"{output.parts}/run_{block:06}_000000-0.parquet", compression="zstd")
-            pq.write_table(table.select(["block"]), f"{output.checkpoint}/run_{block:06}_000000.parquet")
-        run = Run("0" * 8, now(), "0", {"sha256": ""}, {}, [], inputs, count)
+            pq.write_table(table, f"{parts_folder}/run_{block:06}_000000-0.parquet", compression="zstd")
+            pq.write_table(table.select(["block"]), f"{checkpoint}/run_{block:06}_000000.parquet")
         base, started = _forget_peak(), time.monotonic()
-        parts, _ = committed_parts(output)
+        parts, _ = committed_parts(output, run)
         counted = time.monotonic()
         publish(output, run, parts, lambda: None)
         return {

@@ -91,7 +91,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> boo
 
 
 def committed(out: Path) -> int:
-    return len([path for path in (out / "_run" / "checkpoint").glob("*.parquet") if ".pending." not in path.name])
+    return len([path for path in (out / "_run").glob("*/checkpoint/*.parquet") if ".pending." not in path.name])
 
 
 def wait_for_a_part(process: subprocess.Popen[bytes], out: Path) -> None:
@@ -201,11 +201,11 @@ def test_parts_that_a_power_cut_has_damaged_are_done_again(
     assert wait_for(lambda: committed(out) > 8)
     process.kill()
     process.wait()
-    parts = sorted((out / "_run" / "parts").glob("*.parquet"))
+    parts = sorted((out / "_run").glob("*/parts/*.parquet"))
     os.truncate(parts[0], parts[0].stat().st_size // 2)
     os.truncate(parts[1], 0)
     parts[2].unlink()
-    checkpoints = sorted((out / "_run" / "checkpoint").glob("*.parquet"))
+    checkpoints = sorted((out / "_run").glob("*/checkpoint/*.parquet"))
     os.truncate(checkpoints[3], 0)
     shutil.copy(parts[4], parts[4].with_name("stray-0.parquet"))
     assert finish(chips, out).returncode == 0

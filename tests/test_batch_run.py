@@ -55,22 +55,29 @@ class Engine:
         self.blocks: list[int] = []
 
     def __call__(
-        self, output: Output, options: ScoreOptions, model: bytes, _: Any, on_progress: Callable[[BlockReport], None]
+        self,
+        output: Output,
+        run: Run,
+        options: ScoreOptions,
+        model: bytes,
+        _: Any,
+        on_progress: Callable[[BlockReport], None],
     ) -> None:
         self.calls += 1
         tally = Tally()
         scorer = Scorer(options, model, (), tally)
-        done = {block for part in committed_parts(output)[0] for block in part.blocks}
+        done = {block for part in committed_parts(output, run)[0] for block in part.blocks}
         left = [row for row in pq.read_table(output.manifest).to_pylist() if row["block"] not in done]
-        for folder in (output.parts, output.checkpoint):
+        parts, checkpoint = output.parts(run), output.checkpoint(run)
+        for folder in (parts, checkpoint):
             os.makedirs(folder, exist_ok=True)
         for number, row in enumerate(left):
             if number == self.stop_after:
                 raise JobError("the engine stopped")
             table = scorer(pa.Table.from_pylist([row]))
             stem = f"{self.calls}_{row['block']:06}"
-            pq.write_table(table, f"{output.parts}/{stem}-0.parquet")
-            pq.write_table(table.select(["block"]), f"{output.checkpoint}/{stem}.parquet")
+            pq.write_table(table, f"{parts}/{stem}-0.parquet")
+            pq.write_table(table.select(["block"]), f"{checkpoint}/{stem}.parquet")
             self.blocks.append(row["block"])
             on_progress(tally.total())
 
@@ -284,7 +291,7 @@ def test_an_append_takes_nothing_from_a_run_that_ended_while_it_tidied_up(
         patch.setattr(Output, "clear_run", lambda _: run_file.unlink(missing_ok=True))
         run_batch(request_, said.append)
     assert Output(request_.out).finished()
-    assert list((Path(request_.out) / "_run" / "parts").iterdir())
+    assert list((Path(request_.out) / "_run").glob("*/parts/*"))
     late = [source / f"late{number:02}.png" for number in range(50)]
     for path in late:
         path.write_bytes(b"words")
@@ -298,7 +305,7 @@ def test_outcomes_of_another_run_are_not_published(request_: Request, engine: En
     output, run = interrupted(request_, engine, said)
     for other in (replace(run, first_id=8), replace(run, inputs=16)):
         with pytest.raises(IncompleteError, match="of another run"):
-            publish(output, other, committed_parts(output)[0], lambda: None)
+            publish(output, other, committed_parts(output, run)[0], lambda: None)
 
 
 def test_results_that_have_lost_their_run_are_not_deleted_without_a_word(
@@ -471,17 +478,17 @@ def test_too_many_bad_inputs_end_the_run_until_more_are_allowed(
 def test_a_block_that_was_written_twice_counts_once_and_a_lost_one_is_missed(
     request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt(request_, engine, said, after=3)
-    run = Path(request_.out) / "_run"
+    output, run = interrupted(request_, engine, said)
     with monkeypatch.context() as patch:
         patch.setattr(Output, "read_bytes", failing(OSError("the store is away")))
         with pytest.raises(OSError, match="away"):
-            committed_parts(Output(request_.out))
-    part, check = sorted((run / "parts").iterdir())[0], sorted((run / "checkpoint").iterdir())[0]
-    (run / "parts" / "9_000000-0.parquet").write_bytes(part.read_bytes())
-    (run / "checkpoint" / "9_000000.parquet").write_bytes(check.read_bytes())
-    (run / "checkpoint" / "8_000000.pending.parquet").write_bytes(check.read_bytes())
-    parts, counts = committed_parts(Output(request_.out))
+            committed_parts(output, run)
+    parts_folder, checkpoint = Path(output.parts(run)), Path(output.checkpoint(run))
+    part, check = sorted(parts_folder.iterdir())[0], sorted(checkpoint.iterdir())[0]
+    (parts_folder / "9_000000-0.parquet").write_bytes(part.read_bytes())
+    (checkpoint / "9_000000.parquet").write_bytes(check.read_bytes())
+    (checkpoint / "8_000000.pending.parquet").write_bytes(check.read_bytes())
+    parts, counts = committed_parts(output, run)
     assert counts.inputs == 32
     assert sorted(block for part in parts for block in part.blocks) == [0, 1, 2]
     monkeypatch.setattr(batch.job, "score_manifest", lambda *_: None)
@@ -493,7 +500,7 @@ def test_a_run_that_was_taken_over_while_it_published_moves_nothing(
     request_: Request, engine: Engine, said: list[str]
 ) -> None:
     output, run = interrupted(request_, engine, said)
-    parts, counts = committed_parts(output)
+    parts, counts = committed_parts(output, run)
     others = Path(request_.out) / f"faces-{run.id}-00000.parquet"
     others.touch()
     with pytest.raises(JobError, match="taken over"):
@@ -503,10 +510,29 @@ def test_a_run_that_was_taken_over_while_it_published_moves_nothing(
     assert len(pd.read_parquet(others)) == counts.inputs
 
 
-def test_ray_cuts_no_block_in_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_replaced_run_writes_late_is_none_of_its_successors(
+    request_: Request, engine: Engine, said: list[str]
+) -> None:
+    """As a node of a cluster does that was cut off."""
+    output, replaced = interrupted(request_, engine, said)
+    part, check = (next(Path(folder(replaced)).iterdir()) for folder in (output.parts, output.checkpoint))
+    late = {path: path.read_bytes() for path in (part, check)}
+    interrupt(replace(request_, mode="overwrite"), engine, said, after=0)
+    for path, content in late.items():
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    engine.blocks.clear()
+    run_batch(request_, said.append)
+    assert engine.blocks == [0, 1, 2, 3]
+    assert output.finished()
+    assert not (Path(request_.out) / "_run").exists()
+
+
+def test_ray_cuts_no_block_in_two(request_: Request, engine: Engine, said: list[str], monkeypatch: Any) -> None:
+    output, run = interrupted(request_, engine, said)
     context = SimpleNamespace(target_max_block_size=DataContext.target_max_block_size)
     monkeypatch.setattr(DataContext, "get_current", lambda: context)
-    batch.job._configure(Output(str(tmp_path)))
+    batch.job._configure(output, run)
     assert context.target_max_block_size is None
 
 

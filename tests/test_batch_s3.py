@@ -73,8 +73,8 @@ def test_a_bucket_is_scored_killed_and_finished(
     command = [sys.executable, "-m", "batch", "s3://bucket/in", "s3://bucket/out"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + TIMEOUT_S
-    selector = fs.FileSelector("bucket/out/_run/checkpoint", allow_not_found=True)
-    while process.poll() is None and not store.get_file_info(selector):
+    selector = fs.FileSelector("bucket/out/_run", allow_not_found=True, recursive=True)
+    while process.poll() is None and not any("/checkpoint/" in info.path for info in store.get_file_info(selector)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.kill()
