@@ -1,24 +1,28 @@
 """requests -> Predictor -> answers, for TorchServe. No image is touched here: the core does that.
 
-TorchServe collects requests into a batch. Whatever one of them holds, the others get their answers.
+TorchServe collects requests into a batch. Whatever one of them holds, the others get their answers. A batch goes to one
+worker even if the others have nothing to do, so a worker that finds itself alone shares its images out over the cores.
 """
 
 import fcntl
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
 from http import HTTPStatus
+from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from agegender import ImageResult, Model, Predictor
 from agegender.image import quiet_pillow
 from agegender.memory import keep_freed_memory
 from agegender.records import to_json
-from agegender.result import FacesMode
+from agegender.result import FacesMode, Item
 from handler import ARTIFACT, BUSY_LOCK, DETECTOR_WEIGHTS, DRAINING
 from handler.metrics import Metrics
 from handler.request import MAX_PIXELS, Options, Request, RequestError, parse_request
@@ -53,6 +57,8 @@ class AgeGenderHandler:
         self._weights = (self._directory / DETECTOR_WEIGHTS).read_bytes()
         self._model = Model(self._directory / ARTIFACT, device=_device(context.system_properties.get("gpu_id")))
         self._predictor = lru_cache(maxsize=8)(self._new_predictor)  # few, since each option is a detector of its own
+        self._cores = len(os.sched_getaffinity(0))
+        self._threads = ThreadPoolExecutor(self._cores)
         spec = self._model.spec
         self._about = {"name": spec.name, "version": spec.version, "sha256": self._model.sha256}
         self._predictor(*_detection(Options()))
@@ -68,14 +74,14 @@ class AgeGenderHandler:
         Returns:
             One JSON text per request, in order.
         """
-        with self._busy():  # from before the look: whoever stops the server takes a worker without the lock for idle
+        with self._busy() as alone:  # before the look: whoever stops the server takes workers without the lock for idle
             stopping = (self._directory / DRAINING).exists()
-            answers = [_STOPPING] * len(rows) if stopping else self._answers(rows, context)
+            answers = [_STOPPING] * len(rows) if stopping else self._answers(rows, context, alone)
         texts = [self._finish(answer, index, context) for index, answer in enumerate(answers)]
         self._metrics.emit()
         return texts
 
-    def _answers(self, rows: Sequence[Mapping[str, Any]], context: Any) -> list[Any]:
+    def _answers(self, rows: Sequence[Mapping[str, Any]], context: Any, alone: bool) -> list[Any]:
         """A JSON value or a RequestError for each request, in order."""
         answers = [_parse(row, _headers(context, index)) for index, row in enumerate(rows)]
         groups: dict[tuple[Any, ...], list[int]] = {}
@@ -83,19 +89,28 @@ class AgeGenderHandler:
             if isinstance(request, Request):
                 groups.setdefault(_detection(request.options), []).append(index)
         for detection, indices in groups.items():
-            for index, answer in zip(indices, self._predict(detection, [answers[i] for i in indices]), strict=True):
+            group = [answers[index] for index in indices]
+            for index, answer in zip(indices, self._predict(detection, group, alone), strict=True):
                 answers[index] = answer
         return answers
 
-    def _predict(self, detection: tuple[Any, ...], requests: Sequence[Request]) -> list[Any]:
+    def _predict(self, detection: tuple[Any, ...], requests: Sequence[Request], alone: bool) -> list[Any]:
         """Answers requests that want the same detection, with all their images in one go through the chain."""
         try:
             items = [item for request in requests for item in request.items]
-            results = iter(self._predictor(*detection).predict(items))
+            results = iter(self._results(self._predictor(*detection), items, alone))
             return [self._answer(request, [next(results) for _ in request.items]) for request in requests]
         except Exception:  # nobody else's answer may depend on it, and no caller may see it
             _log.exception("unexpected failure")
             return [_INTERNAL] * len(requests)
+
+    def _results(self, predictor: Predictor, items: Sequence[Item], alone: bool) -> list[ImageResult]:
+        """One for each image, in order."""
+        share = max(1, -(-len(items) // self._cores) if alone else len(items))
+        others = [
+            self._threads.submit(predictor.predict, items[at : at + share]) for at in range(share, len(items), share)
+        ]
+        return [*predictor.predict(items[:share]), *chain.from_iterable(each.result() for each in others)]
 
     def _answer(self, request: Request, results: Sequence[ImageResult]) -> Any:
         self._metrics.count_faces(results)
@@ -130,12 +145,22 @@ class AgeGenderHandler:
         )
 
     @contextmanager
-    def _busy(self) -> Iterator[None]:
+    def _busy(self) -> Iterator[bool]:
+        """Holds the lock that tells of work; yields whether no other worker had it."""
+        alone = _tries_lock(self._busy_lock)
         fcntl.flock(self._busy_lock, fcntl.LOCK_SH)
         try:
-            yield
+            yield alone
         finally:
             fcntl.flock(self._busy_lock, fcntl.LOCK_UN)
+
+
+def _tries_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _quiet_log() -> None:

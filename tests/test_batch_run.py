@@ -528,7 +528,9 @@ def test_what_a_replaced_run_writes_late_is_none_of_its_successors(
     assert not (Path(request_.out) / "_run").exists()
 
 
-def test_ray_cuts_no_block_in_two(request_: Request, engine: Engine, said: list[str], monkeypatch: Any) -> None:
+def test_ray_cuts_no_block_in_two(
+    request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     output, run = interrupted(request_, engine, said)
     context = SimpleNamespace(target_max_block_size=DataContext.target_max_block_size)
     monkeypatch.setattr(DataContext, "get_current", lambda: context)

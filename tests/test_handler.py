@@ -171,6 +171,36 @@ def test_a_batch_that_waits_for_the_lock_is_turned_away_too(
             (unpacked / DRAINING).unlink()
 
 
+def test_a_worker_that_is_alone_shares_its_images_out_over_the_cores(
+    handler: AgeGenderHandler,
+    context: Context,
+    unpacked: Path,
+    group_jpeg: bytes,
+    blank_png: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shares: list[int] = []
+    predict = Predictor.predict
+    monkeypatch.setattr(Predictor, "predict", lambda self, items: shares.append(len(items)) or predict(self, items))
+    monkeypatch.setattr(handler, "_cores", 2)
+    rows = [{"body": group_jpeg}, {"body": blank_png}, {"body": b"no image"}, {"body": group_jpeg}, {"body": blank_png}]
+
+    def ages() -> list[list[float]]:
+        answers = [json.loads(text) for text in handler.handle(rows, context)]
+        assert context.statuses == {0: 200, 1: 200, 2: 400, 3: 200, 4: 200}
+        return [[face.age for face in from_json(answers[index]).faces] for index in (0, 1, 3, 4)]
+
+    alone = ages()
+    assert sorted(shares) == [2, 3]
+    shares.clear()
+    with (unpacked / BUSY_LOCK).open() as another_worker:
+        fcntl.flock(another_worker, fcntl.LOCK_SH)
+        beside = ages()
+    assert shares == [5]
+    assert [len(each) for each in alone] == [2, 0, 2, 0]
+    assert alone == [pytest.approx(each, abs=1e-2) for each in beside]
+
+
 def test_counts_stages_answers_and_faces(
     handler: AgeGenderHandler, context: Context, group_jpeg: bytes, blank_png: bytes
 ) -> None:
