@@ -10,10 +10,8 @@ from pathlib import Path
 import psutil
 
 from handler import MODEL_NAME
-from handler.server import Server, ServingError, java_home
+from handler.server import ENDING, Server, ServingError, java_home
 from handler.stubs import build_stubs
-
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _COMMANDS = {
     "archive": "build the archive that the server loads",
@@ -100,7 +98,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _heed_signals() -> None:
     """Those that end a process act as Ctrl-C does, so that no server is left half started or half stopped."""
-    heeded = [each for each in _ENDING if signal.getsignal(each) is not signal.SIG_IGN]  # nohup lets one be ignored
+    heeded = [each for each in ENDING if signal.getsignal(each) is not signal.SIG_IGN]  # nohup lets one be ignored
 
     def interrupt(*_: object) -> None:
         for each in heeded:

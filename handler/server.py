@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,9 @@ KEY_FILE: Final = "key_file.json"
 _LOG: Final = Path("logs/torchserve.log")
 _START_LOG: Final = Path("logs/start.log")  # what it prints before it writes its own
 _JAVA_MAIN: Final = "org.pytorch.serve.ModelServer"
+
+ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The signals that ask a process to end."""
 
 _TELLING: Final = re.compile(r"\w+(Error|Exception):|Failed|Invalid configuration|not found")
 
@@ -168,19 +172,21 @@ class Server:
         environment["JAVA_HOME"] = str(java_home())
         environment.pop("TS_CONFIG_FILE", None)  # TorchServe would prefer it to the settings that it is given
         command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs", "--ts-config", str(self.config)]
-        with (self.directory / _START_LOG).open("wb") as log:
-            # A session of its own: Ctrl-C is for us, who end the server in order.
-            starter = subprocess.Popen(
-                command, cwd=self.directory, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+        starter: subprocess.Popen[bytes] | None = None
         try:
+            with (self.directory / _START_LOG).open("wb") as log, _signals_wait():
+                # A session of its own: Ctrl-C is for us, who end the server in order.
+                starter = subprocess.Popen(
+                    command, cwd=self.directory, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
             # Its command line is not readable in the moment in which a process becomes Java.
             if starter.wait() or not _wait(lambda: self.process() is not None, time.monotonic() + 10):
                 raise ServingError(f"TorchServe did not start: {self._last_words()}")
         except BaseException:
-            with suppress(ProcessLookupError):
-                os.killpg(starter.pid, signal.SIGKILL)  # also a Java whose number has not been written down yet
-            starter.wait()
+            if starter:
+                with suppress(ProcessLookupError):
+                    os.killpg(starter.pid, signal.SIGKILL)  # also a Java whose number has not been written down yet
+                starter.wait()
             raise
 
     def _wait_until_ready(self, timeout_s: float) -> None:
@@ -295,6 +301,22 @@ def _private_directory(directory: Path) -> Path:
     """A short path, since sockets lie there, and one of its own: two servers that share it disturb each other."""
     name = hashlib.sha256(str(directory).encode()).hexdigest()[:12]
     return Path(tempfile.gettempdir()) / f"agegender-{os.getuid()}-{name}"
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """While a process begins, an interrupt would leave one of which nobody knows."""
+    caught: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()  # elsewhere none arrives
+    heeded = [each for each in ENDING if in_main and signal.getsignal(each) not in (signal.SIG_IGN, None)]
+    before = {each: signal.signal(each, lambda number, _: caught.append(number)) for each in heeded}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        signal.raise_signal(caught[0])
 
 
 def _make_private(directory: Path) -> None:
