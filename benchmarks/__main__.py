@@ -177,16 +177,29 @@ def _page(options: argparse.Namespace) -> Iterator[str]:
 
 def _machine() -> str:
     memory = psutil.virtual_memory().total / 2**30
-    vectors = torch.backends.cpu.get_cpu_capability()
-    return f"Machine: {_processor()} with {vectors}, {psutil.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}."
+    return (
+        f"Machine: {_processor()} with {_vectors()}, {psutil.cpu_count()} cores, {memory:.0f} GiB, {platform.system()}."
+    )
+
+
+def _vectors() -> str:
+    """What 8 bits run on."""
+    flags = _cpuinfo("flags").split()
+    more = [name for flag, name in (("avx512_vnni", "VNNI"), ("amx_int8", "AMX")) if flag in flags]
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *more])
 
 
 def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(name: str) -> str:
+    """What Linux says of the first processor; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
 
 
 def _model() -> str:
