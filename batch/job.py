@@ -142,7 +142,7 @@ class _Pipeline(threading.Thread):
         super().__init__(daemon=True)
         self.error: Exception | None = None
         self._output = output
-        self._of = run
+        self._run = run
         self._constructor = {
             "options": options,
             "model": model,
@@ -153,7 +153,7 @@ class _Pipeline(threading.Thread):
 
     def run(self) -> None:
         try:
-            _configure(self._output, self._of)
+            _configure(self._output, self._run)
             self._execute()
         except Exception as error:  # the main thread raises it
             self.error = error
@@ -170,7 +170,7 @@ class _Pipeline(threading.Thread):
             zero_copy_batch=True,
             num_cpus=1,
         )
-        parts = output.parts(self._of)
+        parts = output.parts(self._run)
         outcomes.write_parquet(parts, filesystem=output.filesystem, schema=BLOCK_SCHEMA, compression="zstd")
 
 

@@ -7,6 +7,7 @@ worker even if the others have nothing to do, so a worker that finds itself alon
 import fcntl
 import json
 import logging
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -105,8 +106,8 @@ class AgeGenderHandler:
             return [_INTERNAL] * len(requests)
 
     def _results(self, predictor: Predictor, items: Sequence[Item], alone: bool) -> list[ImageResult]:
-        """One for each image, in order."""
-        share = max(1, -(-len(items) // self._cores) if alone else len(items))
+        """One for each image, in order; a core takes a share of them, unless other workers want the cores."""
+        share = max(1, math.ceil(len(items) / (self._cores if alone else 1)))
         others = [
             self._threads.submit(predictor.predict, items[at : at + share]) for at in range(share, len(items), share)
         ]
