@@ -149,7 +149,7 @@ class _Pipeline(threading.Thread):
             "models": start_models(model, resources) if resources.gpus else [],
             "tally": tally,
         }
-        self._workers = worker_count(resources)
+        self._workers = min(worker_count(resources), run.blocks)  # each takes seconds of a processor to start
 
     def run(self) -> None:
         try:
