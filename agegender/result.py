@@ -91,5 +91,5 @@ class ImageResult:
             return cls(path, error.status, str(error))
         if isinstance(error, OSError):
             return cls(path, "unreadable", f"cannot be read: {error.strerror or error}")
-        reason = " ".join(str(error).split())  # those of OpenCV and torch run over many lines
+        reason = " ".join(str(error).split())  # those of libraries run over many lines
         return cls(path, AgeGenderError.status, f"unexpected {type(error).__name__}: {reason}".rstrip(": "))

@@ -31,7 +31,7 @@ __all__ = ["run_batch"]
 _JUDGE_AFTER: Final = 100
 
 # Of these the outcomes' last bits may depend.
-_LIBRARIES: Final = ("numpy", "opencv-python-headless", "pillow", "torch")
+_LIBRARIES: Final = ("numpy", "onnxruntime", "opencv-python-headless", "pillow", "torch")
 
 
 def run_batch(request: Request, say: Callable[[str], None]) -> None:

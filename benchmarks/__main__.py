@@ -32,7 +32,17 @@ from benchmarks.plots import PLOTS, draw
 
 _LOOKED_S: Final = 3
 FOLDERS: Final = ("--data-dir", "--photos-dir")  # whose names are this machine's
-VERSIONS: Final = ("torch", "opencv-python-headless", "pillow", "numpy", "pyarrow", "ray", "torchserve", "streamlit")
+VERSIONS: Final = (
+    "torch",
+    "onnxruntime",
+    "opencv-python-headless",
+    "pillow",
+    "numpy",
+    "pyarrow",
+    "ray",
+    "torchserve",
+    "streamlit",
+)
 
 
 @dataclass(frozen=True)

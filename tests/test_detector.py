@@ -86,19 +86,32 @@ def test_landmarks_are_the_persons_right_eye_left_eye_nose_and_mouth(detector, a
     assert max(right_eye[1], left_eye[1]) < nose[1] < min(right_mouth[1], left_mouth[1])
 
 
-def test_the_network_sees_what_opencv_itself_would_show_it(detector, hopper_pixels, encode):
-    """OpenCV decodes to BGR, for which YuNet was trained; the colours of the sample are told apart."""
-    small = resized(hopper_pixels, 341, 400)
-    network = cv2.FaceDetectorYN.create(
-        "onnx", np.frombuffer(detector_weights(), np.uint8), np.empty(0, np.uint8), (1, 1)
-    )
-    network.setInputSize((341, 400))
-    scores = [
-        network.detect(image)[1][0, 14]
-        for image in (cv2.imdecode(np.frombuffer(encode(small, "PNG"), np.uint8), 1), small)
-    ]
-    assert scores[0] != scores[1]
-    assert detector.detect(small)[0].score == scores[0]
+@pytest.mark.parametrize("size", [(341, 400), (448, 300), (200, 200), (160, 150)])
+def test_faces_are_those_that_opencv_itself_finds(detector, hopper_pixels, group, encode, size):
+    """By FaceDetectorYN, which decodes to BGR, for which YuNet was trained; the samples' colours are told apart."""
+    for pixels in (resized(hopper_pixels, *size), resized(group, *size)):
+        theirs = opencv_faces(cv2.imdecode(np.frombuffer(encode(pixels, "PNG"), np.uint8), cv2.IMREAD_COLOR))
+        ours = [(*face.box[:2], *face.landmarks.ravel(), face.score) for face in detector.detect(pixels)]
+        assert same_faces(ours, theirs)
+        assert not same_faces(ours, opencv_faces(pixels))
+
+
+def same_faces(some, others):
+    return len(some) == len(others) and np.allclose(sorted(some), sorted(others), atol=1e-3)
+
+
+def opencv_faces(pixels):
+    """Each as left, top, five landmarks as x, y, and score."""
+    weights, no_config = np.frombuffer(detector_weights(), np.uint8), np.empty(0, np.uint8)
+    network = cv2.FaceDetectorYN.create("onnx", weights, no_config, pixels.shape[1::-1], module.DEFAULT_MIN_SCORE)
+    _, rows = network.detect(pixels)
+    return [] if rows is None else [(*row[:2], *row[4:]) for row in rows]
+
+
+def test_it_runs_in_as_many_threads_as_opencv_has(monkeypatch):
+    for threads in (1, 2):
+        monkeypatch.setattr(cv2, "getNumThreads", lambda threads=threads: threads)
+        assert FaceDetector()._network.get_session_options().intra_op_num_threads == threads
 
 
 def test_faces_come_by_falling_size(detector, group):
@@ -180,7 +193,7 @@ def test_tiny_and_thin_images(shape, fill):
     "shape", [(20, 20), (20, 300), (1, 640), (30, 640), (640, 30), (60, 640), (640, 60), (90, 1300)]
 )
 def test_thin_images_give_the_same_every_time(shape):
-    """Where a side was under 33 px as the network saw it, OpenCV used memory left by the image before."""
+    """Whatever the memory held that the network works in."""
     detector = FaceDetector(min_score=0.0)
     pixels = np.full((*shape, 3), 127, np.uint8)
     outcomes = []

@@ -1,7 +1,7 @@
 """Samples -> chips, cut by the core's own code once and kept on disk.
 
 A chip is kept under the SHA-256 of its picture's bytes, in a folder named after everything that decides how it is cut:
-the chip's geometry, the source of the core's modules, the detector's weights and the versions of Pillow and OpenCV.
+the chip's geometry, the source of the core's modules, the detector's weights and the versions of the libraries.
 """
 
 import fcntl
@@ -21,6 +21,7 @@ from typing import Final
 import cv2
 import numpy as np
 import numpy.typing as npt
+import onnxruntime
 import PIL
 from tqdm import tqdm
 
@@ -62,7 +63,8 @@ class ChipCache:
 
 def cutting_version(size_px: int, margin: float) -> str:
     """Sixteen hex digits that change whenever a chip could come out otherwise."""
-    state = hashlib.sha256(f"{size_px} {margin} {PIL.__version__} {cv2.__version__}".encode())
+    libraries = f"{PIL.__version__} {cv2.__version__} {onnxruntime.__version__}"
+    state = hashlib.sha256(f"{size_px} {margin} {libraries}".encode())
     state.update(agegender.detector.detector_weights())
     for module in _CUTTERS:
         state.update(Path(str(module.__file__)).read_bytes())
