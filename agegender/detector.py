@@ -199,7 +199,8 @@ def _framed(seen: Pixels) -> Pixels:
 
 def _candidates(outputs: list[npt.NDArray[np.float32]], width: int, height: int, min_score: float) -> _Rows:
     """What the network says of each cell -> rows as of `FaceDetector._look`, in pixels of what it saw."""
-    kinds = (np.concatenate(outputs[start : start + len(_STRIDES_PX)], axis=1)[0] for start in (0, 3, 6, 9))
+    grids = len(_STRIDES_PX)
+    kinds = (np.concatenate(outputs[start : start + grids], axis=1)[0] for start in range(0, len(outputs), grids))
     classes, objects, boxes, landmarks = kinds
     scores = np.sqrt(np.clip(classes, 0, 1) * np.clip(objects, 0, 1))[:, 0]
     found = np.flatnonzero(scores >= min_score)
