@@ -2,8 +2,12 @@
 
 import ctypes
 import sys
+from typing import Final
 
 __all__ = ["keep_freed_memory"]
+
+# HEAP_MAX_SIZE of glibc's arena.c on 64 bits.
+_HEAP_BYTES: Final = 64 * 2**20
 
 
 def keep_freed_memory() -> None:
@@ -16,6 +20,8 @@ def keep_freed_memory() -> None:
         return
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has none
-        m_trim_threshold, m_mmap_max = -1, -4
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+        # All threads but the first take from heaps of this size. An empty one goes, unless as much is to stay free.
+        libc.mallopt(m_top_pad, _HEAP_BYTES)
