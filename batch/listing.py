@@ -22,7 +22,7 @@ from pyarrow import fs
 from batch.errors import SourceError, first_line
 from batch.location import decode_path, encode_path, filesystem_of, is_remote, normalize
 
-__all__ = ["MANIFEST_SCHEMA", "Input", "Listing", "block_size", "blocks_of"]
+__all__ = ["MANIFEST_SCHEMA", "Input", "Listing", "block_size", "blocks_of", "shard_count"]
 
 # One shard is held in memory and sorted by name.
 _SHARD_INPUTS: Final = 65_536
@@ -203,6 +203,11 @@ def block_size(first_id: int) -> int:
     grow as the root of the number of inputs.
     """
     return min(1024, max(8, 4 * math.isqrt(first_id)))
+
+
+def shard_count(inputs: int) -> int:
+    """How many shards `blocks_of` makes of so many inputs."""
+    return math.ceil(inputs / _SHARD_INPUTS)
 
 
 def blocks_of(inputs: Iterable[Input], *, first_id: int = 0) -> Iterator[pa.Table]:

@@ -227,6 +227,18 @@ def test_append_adds_what_is_new(hostile: Hostile, scored: subprocess.CompletedP
     assert records.loc[records["id"] == len(hostile.statuses), "path"].tolist() == [str(late)]
 
 
+def test_inputs_of_many_shards_have_their_outcome_once(tmp_path: Path, blank_png: bytes) -> None:
+    for number in range(12):
+        (tmp_path / f"{number:02}.png").write_bytes(blank_png)
+    small = "import sys, batch.listing, batch.__main__ as m; batch.listing._SHARD_INPUTS = 5; sys.exit(m.main())"
+    call = [sys.executable, "-c", small, str(tmp_path / "*.png"), str(tmp_path / "out")]
+    run = subprocess.run(call, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert run.returncode == 0, run.stderr
+    records = pd.read_parquet(tmp_path / "out")
+    assert records["id"].tolist() == list(range(12))
+    assert sorted(Path(path).name for path in records["path"]) == [f"{number:02}.png" for number in range(12)]
+
+
 def test_a_run_that_is_told_to_end_says_how_to_go_on(tmp_path: Path, group_jpeg: bytes) -> None:
     """In a directory whose name would mean something to Ray: a partition, a pattern, a parameter."""
     (tmp_path / "photos").mkdir()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import fs
 
 from batch.errors import SourceError
-from batch.listing import MANIFEST_SCHEMA, Input, Listing, block_size, blocks_of
+from batch.listing import MANIFEST_SCHEMA, Input, Listing, block_size, blocks_of, shard_count
 from batch.location import FileTooLargeError, decode_path, encode_path, is_remote, normalize, read_bytes
 
 Bytes = st.binary(min_size=1, max_size=40).map(lambda name: b"/" + name.replace(b"\0", b"x"))
@@ -236,6 +236,13 @@ def test_blocks_number_every_input_in_order(count: int, first_id: int) -> None:
         assert row["first_id"] == expected_id
         assert 0 < len(row["paths"]) <= block_size(expected_id - first_id)
         expected_id += len(row["paths"])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 8])
+def test_shards_are_as_many_as_is_said(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batch.listing._SHARD_INPUTS", 2)
+    shards = list(blocks_of(Input(f"/{number}") for number in range(count)))
+    assert len(shards) == shard_count(count)
 
 
 def test_ten_thousand_files_in_one_directory(tmp_path: Path) -> None:
