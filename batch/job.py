@@ -32,7 +32,8 @@ _POLL_S: Final = 0.25
 _STUCK_S: Final = 1800
 _TALLY_S: Final = 5
 
-# They fill two to three blocks a second at most, and to write one takes 0.03 s here, some 0.3 s to a store far away.
+# With chips they fill two or three of the large blocks a second, and a task that writes one to a disk takes 0.03 s. The
+# rest of the second is for slower stores.
 _WORKERS_PER_WRITER: Final = 8
 
 
