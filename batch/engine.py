@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import ray
 
+from agegender.process import core_count
 from batch.errors import JobError, first_line
 from batch.request import Resources
 
@@ -54,7 +55,7 @@ def worker_count(resources: Resources) -> int:
         return resources.workers
     if resources.address:
         return max(1, int(ray.cluster_resources().get("CPU", 1)) - _SPARE_CPUS)
-    return len(os.sched_getaffinity(0))
+    return core_count()
 
 
 def _start(resources: Resources, folder: str) -> None:

@@ -11,7 +11,7 @@ import ray
 
 from agegender import ModelSpec
 from agegender.image import Pixels
-from agegender.memory import keep_freed_memory
+from agegender.process import keep_freed_memory
 from batch.errors import JobError
 from batch.request import Resources
 

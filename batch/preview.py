@@ -1,6 +1,5 @@
 """`--dry-run`: what a run would do, counted and estimated, and nothing written."""
 
-import os
 import random
 import time
 from collections import Counter
@@ -10,6 +9,7 @@ from typing import Final
 
 from agegender import AgeGenderError
 from agegender.image import quiet_pillow
+from agegender.process import core_count
 from batch.errors import RequestError
 from batch.listing import Input, Listing
 from batch.location import read_bytes
@@ -34,7 +34,7 @@ def preview(request: Request, listing: Listing, say: Callable[[str], None]) -> N
     if not sample:
         return
     statuses, seconds = _try(request, sample)
-    workers = request.resources.workers or len(os.sched_getaffinity(0))
+    workers = request.resources.workers or core_count()
     say(f"tried {len(sample)}: " + ", ".join(f"{count} {status}" for status, count in statuses.most_common()))
     say(f"about {_duration(seconds / len(sample) * total / workers)} with {workers} processes, and some to start")
 

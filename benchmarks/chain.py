@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from agegender import Item, Predictor
-from agegender.memory import keep_freed_memory
+from agegender.process import keep_freed_memory
 from agegender.result import FacesMode
 from agegender.spec import DEFAULT_MODEL
 from benchmarks.images import PHOTOGRAPHS, add_image_options, make_images

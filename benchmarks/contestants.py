@@ -79,7 +79,7 @@ def _until(deadline: float, names: list[str]) -> Iterator[str]:
 
 def _bare(options: argparse.Namespace) -> Loop:
     from agegender import Item, Predictor
-    from agegender.memory import keep_freed_memory
+    from agegender.process import keep_freed_memory
 
     keep_freed_memory()
     predictor = Predictor(options.model, faces=options.faces, device="cpu", threads=1)

@@ -16,8 +16,8 @@ import torch
 
 from agegender import Model
 from agegender.image import Pixels
-from agegender.memory import keep_freed_memory
 from agegender.predictor import DEFAULT_BATCH_SIZE
+from agegender.process import keep_freed_memory
 from agegender.spec import DEFAULT_MODEL
 
 __all__ = ["main"]

@@ -13,7 +13,7 @@ from fastapi import FastAPI, File, Request
 from fastapi.concurrency import run_in_threadpool
 
 from agegender import ImageResult, Predictor
-from agegender.memory import keep_freed_memory
+from agegender.process import keep_freed_memory
 from agegender.records import to_json
 from agegender.spec import DEFAULT_MODEL
 

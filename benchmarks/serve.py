@@ -40,7 +40,7 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image
 
 from agegender import Predictor
-from agegender.memory import keep_freed_memory
+from agegender.process import keep_freed_memory
 from agegender.spec import DEFAULT_MODEL
 from benchmarks.environment import make_environment
 from benchmarks.outputs import add_output_options, write_outputs

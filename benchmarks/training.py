@@ -17,7 +17,7 @@ import psutil
 import torch
 import tyro
 
-from agegender.memory import keep_freed_memory
+from agegender.process import keep_freed_memory
 from training.dataset import load_faces
 from training.loop import AugmentedChips, Batch, epoch_batches, initial_state, train_one_epoch
 from training.loss import Targets, criterion, label_targets

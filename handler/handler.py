@@ -8,7 +8,6 @@ import fcntl
 import json
 import logging
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from typing import IO, Any, Final
 
 from agegender import ImageResult, Model, Predictor
 from agegender.image import quiet_pillow
-from agegender.memory import keep_freed_memory
+from agegender.process import core_count, keep_freed_memory
 from agegender.records import to_json
 from agegender.result import FacesMode, Item
 from handler import ARTIFACT, BUSY_LOCK, DETECTOR_WEIGHTS, DRAINING
@@ -58,7 +57,7 @@ class AgeGenderHandler:
         self._weights = (self._directory / DETECTOR_WEIGHTS).read_bytes()
         self._model = Model(self._directory / ARTIFACT, device=_device(context.system_properties.get("gpu_id")))
         self._predictor = lru_cache(maxsize=8)(self._new_predictor)  # few, since each option is a detector of its own
-        self._cores = len(os.sched_getaffinity(0))
+        self._cores = core_count()
         self._threads = ThreadPoolExecutor(self._cores)
         spec = self._model.spec
         self._about = {"name": spec.name, "version": spec.version, "sha256": self._model.sha256}

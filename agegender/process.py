@@ -1,0 +1,42 @@
+"""What this process has of the machine: its cores, and the memory that it freed."""
+
+import ctypes
+import os
+import sys
+from typing import Final
+
+__all__ = ["core_count", "keep_freed_memory"]
+
+# HEAP_MAX_SIZE of glibc's arena.c on 64 bits.
+_HEAP_BYTES: Final = 64 * 2**20
+
+# More than a batch needs, less than an image of the largest size, after which a worker shall not stay that large.
+_KEPT_BYTES: Final = 256 * 2**20
+
+
+def core_count() -> int:
+    """How many cores this process may use; where the system does not say, as macOS does not, all of them."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def keep_freed_memory(*, most_bytes: int = _KEPT_BYTES) -> None:
+    """Stops glibc from handing big buffers back to the kernel, which clears each page anew when they are wanted again.
+
+    A network asks for the same buffers with every batch. For whole processes that do little else, such as workers.
+    Nothing happens where there is no glibc. Constants: glibc's malloc.h.
+
+    Args:
+        most_bytes: what is free beyond this goes back, up to 2**31 - 1. Heaps of threads other than the first stay
+            whole; they hold no buffer of more than 64 MB.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, most_bytes)
+        # All threads but the first take from heaps of this size. An empty one goes, unless as much is to stay free.
+        libc.mallopt(m_top_pad, _HEAP_BYTES)

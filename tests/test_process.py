@@ -1,0 +1,77 @@
+"""agegender.process: what it changes, in a process of its own, since it changes all of one."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from agegender.process import core_count
+
+_PAGES_CLEARED_AGAIN = """
+import resource
+import threading
+from agegender.process import keep_freed_memory
+
+def use():
+    buffers = [bytearray(20 * 2**20) for _ in range(4)]  # more than one of glibc's heaps holds
+
+def look():
+    use()
+    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+    use()
+    print(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)
+
+{call}
+look()
+other = threading.Thread(target=look)
+other.start()
+other.join()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+@pytest.mark.parametrize(("call", "kept"), [("keep_freed_memory()", True), ("", False)])
+def test_freed_memory_stays_in_every_thread(call, kept):
+    script = _PAGES_CLEARED_AGAIN.format(call=call)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    first, other = (int(line) for line in run.stdout.split())
+    assert (first < 1000, other < 1000) == (kept, kept)
+
+
+_RESIDENT_AFTER_A_LARGE_IMAGE = """
+import psutil
+from agegender.process import keep_freed_memory
+
+keep_freed_memory()
+before = psutil.Process().memory_info().rss
+buffer = bytearray(2**30)
+del buffer
+print(psutil.Process().memory_info().rss - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_a_process_does_not_stay_as_large_as_its_largest_image():
+    run = subprocess.run(
+        [sys.executable, "-c", _RESIDENT_AFTER_A_LARGE_IMAGE], capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout) < 2**29
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others do not say")
+def test_cores_are_those_that_the_process_may_use():
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert core_count() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert core_count() == len(allowed)
+
+
+def test_cores_where_the_system_does_not_say_which(monkeypatch):
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    assert core_count() == os.cpu_count()
