@@ -48,23 +48,31 @@ def lease(filesystem: fs.FileSystem, folder: str, *, beat_s: float | None = None
     """
     beat_s = beat_s or _BEAT_S
     own = f"{folder}/{_PREFIX}{secrets.token_hex(8)}"
+    silent_s = _SILENT_BEATS * beat_s
     stopped = threading.Event()
+    written = time.monotonic()
 
     def check() -> None:
-        if filesystem.get_file_info(own).type is not fs.FileType.File:
+        silent = time.monotonic() - written > silent_s
+        if _is_gone(filesystem, own) or (silent and _others(filesystem, folder, own)):
+            with contextlib.suppress(OSError):
+                filesystem.delete_file(own)
             raise LeaseLostError
 
     def beat() -> None:
+        nonlocal written
         while not stopped.wait(beat_s):
             with contextlib.suppress(OSError, LeaseLostError):  # the store may be away for a moment
                 check()
                 _write(filesystem, own)
+                check()  # one that took long may have brought back what a successor had deleted
+                written = time.monotonic()
 
     _write(filesystem, own)
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
-        _outlive(filesystem, folder, own, _SILENT_BEATS * beat_s)
+        _outlive(filesystem, folder, own, silent_s)
         yield check
     finally:
         stopped.set()
@@ -97,6 +105,10 @@ def _others(filesystem: fs.FileSystem, folder: str, own: str) -> dict[str, bytes
             with contextlib.suppress(FileNotFoundError), filesystem.open_input_stream(info.path) as stream:
                 found[info.path] = stream.read()
     return found
+
+
+def _is_gone(filesystem: fs.FileSystem, path: str) -> bool:
+    return bool(filesystem.get_file_info(path).type is not fs.FileType.File)
 
 
 def _write(filesystem: fs.FileSystem, path: str) -> None:

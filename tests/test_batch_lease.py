@@ -1,7 +1,9 @@
 """Two runs and one output in an object store, with a local directory in the store's place."""
 
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pyarrow import fs
@@ -39,6 +41,51 @@ def test_a_run_that_was_taken_for_dead_notices(tmp_path: Path) -> None:
         assert not lost.exists()  # and does not come back
         with pytest.raises(LeaseLostError):
             check()
+
+
+def test_a_run_whose_write_came_too_late_notices(tmp_path: Path) -> None:
+    """The successor has deleted the object of the first, whose write is still under way and brings it back."""
+    stalled, over = threading.Event(), threading.Event()
+
+    class Store(fs.LocalFileSystem):  # type: ignore[misc]
+        written = 0
+
+        def open_output_stream(self, path: str, **options: object) -> Any:
+            self.written += 1
+            if self.written > 1:
+                stalled.set()
+                over.wait(10)
+            return super().open_output_stream(path, **options)
+
+    with lease(Store(), str(tmp_path), beat_s=BEAT_S) as first:
+        stalled.wait(10)
+        with lease(STORE, str(tmp_path), beat_s=BEAT_S) as second:
+            over.set()
+            time.sleep(5 * BEAT_S)
+            with pytest.raises(LeaseLostError):
+                first()
+            second()
+            assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_run_goes_on_when_its_store_was_away_and_nobody_came(tmp_path: Path) -> None:
+    class Store(fs.LocalFileSystem):  # type: ignore[misc]
+        away = False
+
+        def open_output_stream(self, path: str, **options: object) -> Any:
+            if self.away:
+                raise OSError("the store is away")
+            return super().open_output_stream(path, **options)
+
+    store = Store()
+    with lease(store, str(tmp_path), beat_s=BEAT_S) as check:
+        store.away = True
+        time.sleep(5 * BEAT_S)
+        store.away = False
+        time.sleep(3 * BEAT_S)
+        check()
+        with pytest.raises(LeaseTakenError), lease(STORE, str(tmp_path), beat_s=BEAT_S):
+            pass
 
 
 def test_an_output_says_it_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
