@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from agegender import AgeGenderError, ImageResult, Item
 from agegender.image import quiet_pillow
-from agegender.memory import keep_freed_memory
+from agegender.process import keep_freed_memory
 from agegender.records import arrow_schema, to_rows
 from batch.gpu import BATCH_SIZE, RemoteModel
 from batch.location import FileTooLargeError, read_bytes
@@ -116,7 +116,7 @@ def score(
         for position, (path, error) in enumerate(zip(paths, errors, strict=True)):
             try:
                 data = _read_unless(error, path, read)
-            except (OSError, ValueError, AgeGenderError, pa.ArrowException) as failure:
+            except (OSError, ValueError, MemoryError, AgeGenderError, pa.ArrowException) as failure:
                 unread[position] = _unread(path, failure)
                 data = b""  # keeps its place; its result is replaced
             yield Item(data, path)
@@ -136,5 +136,5 @@ def _read_unless(error: str | None, path: str, read: Callable[[str], bytes]) -> 
 def _unread(path: str, failure: Exception) -> ImageResult:
     if isinstance(failure, FileTooLargeError):
         return ImageResult(path, "too_large", str(failure))
-    known = isinstance(failure, (AgeGenderError, OSError))
+    known = isinstance(failure, (AgeGenderError, OSError, MemoryError))
     return ImageResult.from_error(path, failure if known else OSError(0, str(failure)))

@@ -686,12 +686,18 @@ def test_scoring_keeps_order_and_puts_each_failure_in_its_place(predictor: Predi
             raise FileNotFoundError(2, "No such file or directory")
         if path == "nul":
             raise ValueError("embedded null byte")
+        if path == "large":
+            raise MemoryError
         return group_jpeg
 
-    paths, errors = ["a", "gone", "b", "listed", "nul", "c"], [None, None, None, "cannot be listed", None, None]
+    paths = ["a", "gone", "b", "listed", "nul", "large", "c"]
+    errors = [None, None, None, "cannot be listed", None, None, None]
     results = list(score(predictor, paths, errors, read))
     assert [result.path for result in results] == paths
-    assert [result.status for result in results] == ["ok", "unreadable", "ok", "unreadable", "unreadable", "ok"]
+    assert [result.status for result in results] == [
+        *("ok", "unreadable", "ok", "unreadable", "unreadable"),
+        *("failed", "ok"),  # a lack of memory says nothing of the file
+    ]
     assert results[1].error == "cannot be read: No such file or directory"
     assert results[3].error == "cannot be read: cannot be listed"
 
