@@ -10,7 +10,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 import urllib3
 from urllib3.connectionpool import ConnectionPool
@@ -29,7 +29,7 @@ DEFAULT_SERVER: Final = "http://127.0.0.1:8080"
 DEFAULT_KEY_FILE: Final = Path("key_file.json")
 
 # What the server says of one image; everything else is about the server or the call.
-_IMAGE_ERRORS: Final = ("not_image", "unreadable", "too_large")
+_IMAGE_ERRORS: Final = ("not_image", "unreadable", "too_large", "failed")
 
 
 class Client:
@@ -181,7 +181,7 @@ class _NoSecondWait(urllib3.Retry):
 
 
 def _is_here(server: str) -> bool:
-    host = urlsplit(server).hostname or ""
+    host = (urllib3.util.parse_url(server).host or "").strip("[]")  # as the request will read it
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:

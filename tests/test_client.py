@@ -155,7 +155,6 @@ def test_a_slow_answer_is_not_asked_for_again(scripted: Any, connect: Any) -> No
     ("answer", "message"),
     [
         ((500, {"code": 500, "message": "Worker died."}), r"status 500: Worker died\."),
-        ((500, {"error": {"code": "failed", "message": "could not"}}), "could not"),
         ((400, {"error": {"code": "bad_option", "message": "option x"}}), "option x"),
         ((500, {"error": "model not found"}), "model not found"),
         ((500, {"error": None}), "status 500"),
@@ -219,6 +218,19 @@ def test_the_key_file_here_is_for_this_machine_alone(
     assert [key for _, key, _ in script.requests] == ["Bearer here", None]
 
 
+@pytest.mark.parametrize("name", [r"other.example\@127.0.0.1", "127.0.0.1@other.example", "127.0.0.1.other.example"])
+def test_a_name_that_only_looks_like_this_machine_is_told_no_key(
+    name: str, scripted: Any, connect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("key_file.json").write_text(json.dumps({"inference": {"key": "here"}}))
+    script = scripted((200, ANSWER))
+    monkeypatch.setattr("socket.getaddrinfo", _everything_is_here(script))
+    script.address = script.address.replace("127.0.0.1", name)
+    connect(script, key=None).predict([b"1"])
+    assert [key for _, key, _ in script.requests] == [None]
+
+
 def _everything_is_here(script: Script) -> Callable[..., Any]:
     """A name service that knows every name as the scripted server."""
     port = int(script.address.rpartition(":")[2])
@@ -227,12 +239,14 @@ def _everything_is_here(script: Script) -> Callable[..., Any]:
 
 def test_an_image_that_fails_carries_its_error(scripted: Any, connect: Any) -> None:
     refused = {"error": {"code": "not_image", "message": "no image"}}
-    script = scripted((400, refused), (413, b""), (200, ANSWER))
-    results = connect(script).predict([Item(b"1", "a"), Item(b"22", "b"), Item(b"3", "c")])
+    failed = {"error": {"code": "failed", "message": "no memory"}}
+    script = scripted((400, refused), (413, b""), (500, failed), (200, ANSWER))
+    results = connect(script).predict([Item(b"1", "a"), Item(b"22", "b"), Item(b"3", "c"), Item(b"4", "d")])
     assert [(result.path, result.status) for result in results] == [
         ("a", "not_image"),
         ("b", "too_large"),
-        ("c", "no_face"),
+        ("c", "failed"),
+        ("d", "no_face"),
     ]
 
 
