@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agegender import AgeGenderError, ImageResult, Item, ServerError, decode_image
+from agegender import AgeGenderError, ImageResult, Item, decode_image
 from agegender.client import DEFAULT_KEY_FILE, Client
 from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE
 from agegender.draw import annotate
 from agegender.image import quiet_pillow
-from agegender.memory import keep_freed_memory
+from agegender.process import keep_freed_memory
 from agegender.records import to_json
 from agegender.spec import DEFAULT_MODEL
 
@@ -33,18 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.draw:
             options.draw.mkdir(parents=True, exist_ok=True)
-        predictor = _predictor(options)
-    except (AgeGenderError, ValueError, OSError) as error:
-        print(f"agegender: {error}", file=sys.stderr)
-        return 2
-    try:
-        return _run(predictor, options)
-    except ServerError as error:
-        print(f"agegender: {error}", file=sys.stderr)
-        return 2
+        return _run(_predictor(options), options)
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (AgeGenderError, ValueError, OSError) as error:
+        print(f"agegender: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 

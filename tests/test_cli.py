@@ -118,6 +118,14 @@ def test_a_name_that_is_no_text(run, tmp_path, blank_png):
 # --- within this process ---------------------------------------------------------------------------------------------
 
 
+def test_an_interrupt_while_the_model_loads(call, folder, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("agegender.Predictor", interrupt)
+    assert call(folder / "hopper.jpg") == (130, [], [])
+
+
 def test_help_tells_every_option(call):
     code, out, _ = call("--help")
     text = "\n".join(out)

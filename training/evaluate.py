@@ -161,6 +161,8 @@ def main() -> int:
     except (AgeGenderError, ValueError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
