@@ -6,11 +6,12 @@ its place in one edit.
 
 import hashlib
 import io
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,9 @@ from agegender.spec import DEFAULT_MODEL, FORMAT_VERSION, read_artifact, read_sp
 __all__ = ["Model", "Predictions", "find_device"]
 
 Floats = npt.NDArray[np.float32]
+
+# Filters of warnings and torch's engine are of the whole process.
+_LOADING: Final = threading.Lock()
 
 
 class Predictions(NamedTuple):
@@ -91,7 +95,7 @@ class Model:
 
     def _load(self, artifact: bytes) -> Any:
         try:
-            with warnings.catch_warnings():
+            with _LOADING, warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and still runs it
                 _hear_out_quantization()
                 # First to the CPU: 8-bit weights can be unpacked nowhere else, and only the others move on.

@@ -5,6 +5,7 @@ import json
 import threading
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -331,6 +332,14 @@ def test_the_libraries_for_8_bits_agree(shipped, model_path, monkeypatch):
     faces = chips(8, shipped.spec.chip_size_px)
     for theirs, ours in zip(default.predict(faces), fastest.predict(faces), strict=True):
         assert np.abs(theirs - ours).mean() < (1 if theirs.ndim == 1 else 0.05), "they round elsewhere, but little"
+
+
+def test_models_that_load_at_once_leave_the_process_as_it_was(model_path):
+    before = torch.backends.quantized.engine
+    data = model_path.read_bytes()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: Model(data, device="cpu"), range(8)))
+    assert torch.backends.quantized.engine == before
 
 
 def test_threads_share_a_model(shipped):
