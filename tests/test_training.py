@@ -1,6 +1,7 @@
 """Training, from a labelled folder to an artifact that predicts, on the hundred LFW faces that scikit-image carries."""
 
 import csv
+import io
 import json
 import os
 import pickle
@@ -25,7 +26,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
+from timm.layers import Conv2dSame
+from torch import nn
 
+import training.augment
 import training.dataset
 import training.distributed
 import training.run
@@ -219,6 +224,16 @@ def test_augmentation_depends_on_its_generator_alone(lfw_faces: np.ndarray) -> N
     assert one.dtype == np.uint8
     assert (one == same).all()
     assert (one != other).any()
+
+
+def test_compression_is_that_of_a_jpeg_file() -> None:
+    coloured = np.random.default_rng(0).integers(0, 256, (96, 96, 3), np.uint8)
+    quality = int(np.random.default_rng(0).integers(*training.augment._JPEG_QUALITY))
+    file = io.BytesIO()
+    Image.fromarray(coloured).save(file, "JPEG", quality=quality)
+    expected = np.asarray(Image.open(file), float)
+    recompressed = training.augment._recompress(coloured, np.random.default_rng(0))
+    assert np.abs(recompressed - expected).mean() < 0.5
 
 
 @pytest.mark.parametrize("age_loss", ["distribution", "l1", "mse"])
@@ -485,6 +500,15 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert message in capsys.readouterr().err
 
 
+def test_an_interrupted_evaluation_shows_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: EvaluateOptions) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.evaluate.run", interrupt)
+    monkeypatch.setattr("sys.argv", ["evaluate", "--data-dir", "."])
+    assert training.evaluate.main() == 130
+
+
 def test_distillation_and_checkpoint_start_from_an_earlier_run(options: TrainOptions, tmp_path: Path) -> None:
     run(options)
     student = replace(
@@ -495,8 +519,12 @@ def test_distillation_and_checkpoint_start_from_an_earlier_run(options: TrainOpt
         epochs=1,
     )
     assert run(student).exists()
-    with pytest.raises(ValueError, match="not the folder of a finished run"):
+    with pytest.raises(ValueError, match="not the folder of a run"):
         run(replace(student, out_dir=tmp_path / "other", teacher=(options.out_dir, tmp_path / "nothing")))
+    described = options.out_dir / "options.json"
+    described.write_text(described.read_text().replace(options.backbone, "resnet34"))
+    with pytest.raises(ValueError, match="holds no weights of resnet34"):
+        run(replace(student, out_dir=tmp_path / "other", resume=False))
 
 
 @pytest.mark.parametrize("source", ["teacher", "checkpoint"])
@@ -551,7 +579,8 @@ def test_statistics_are_of_all_ages(options: TrainOptions, monkeypatch: pytest.M
     training.run._sample(faces, options)
     assert len(read) == 8
     order = [sample.path for sample in faces.samples["train"]]
-    assert order.index(read[-1].path) > len(order) / 2
+    assert order.index(read[0].path) == 0
+    assert order.index(read[-1].path) >= len(order) * 7 // 8
 
 
 def test_augmented_chips_travel_without_their_pixels(options: TrainOptions) -> None:
@@ -711,6 +740,22 @@ def test_a_plain_backbone_computes_the_same(name: str, side: int) -> None:
         before = backbone(chips)
         assert make_plain(backbone)
         assert torch.allclose(backbone(chips.flip(2, 3)), before, atol=1e-5 * float(before.abs().max()))
+
+
+def test_a_dilated_convolution_stays_one() -> None:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(Conv2dSame(3, 8, 3, dilation=2), nn.Flatten()).eval()
+    backbone.head_hidden_size = 8 * 16 * 16
+    network = Network([Branch(backbone, mean=[127.0] * 3, std=[128.0] * 3)], dropout=0.0).eval()
+    chips = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    (branch,) = network.branches
+    with torch.no_grad():
+        before = branch(chips)
+        round_to_eight_bits(network, chips)
+        convert(network)
+        for each in (branch.backbone.on_cpu, branch.backbone.on_cuda):  # the latter computes on CPUs too
+            upright = each(branch.normalize(chips)).view(2, 8, 16, 16).flip(2, 3).flatten(1)
+            assert (upright - before).abs().max() < 0.1 * before.abs().max()
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("face_resnet", 0.1), ("efficientnet_lite0+face_resnet@112", 0.4)])

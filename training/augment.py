@@ -94,8 +94,9 @@ def _noise(chip: Pixels, rng: np.random.Generator) -> Pixels:
 def _recompress(chip: Pixels, rng: np.random.Generator) -> Pixels:
     """The blocks of a strongly compressed JPEG."""
     quality = int(rng.integers(*_JPEG_QUALITY))
-    _, coded = cv2.imencode(".jpg", chip, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.uint8)
+    _, coded = cv2.imencode(".jpg", chip[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    decoded = np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.uint8)
+    return cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
 
 
 def _erase(chip: Pixels, rng: np.random.Generator) -> None:

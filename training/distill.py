@@ -1,4 +1,4 @@
-"""Finished runs + training chips -> what their networks say of them."""
+"""Runs + training chips -> what their networks say of them."""
 
 import hashlib
 import json
@@ -26,19 +26,22 @@ def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, dev
     """What the best weights of a run say of pictures, averaged over each chip and its mirror image.
 
     Raises:
-        ValueError: the folder holds no finished run, or its chips cannot be cut.
+        ValueError: the folder holds no run with whole epochs, or its chips cannot be cut.
     """
     try:
         options = json.loads((run_dir / "options.json").read_text())
         weights = load_weights(run_dir / BEST)
     except FileNotFoundError as error:
-        raise ValueError(f"the teacher {run_dir} is not the folder of a finished run: no {error.filename}") from error
+        raise ValueError(f"the teacher {run_dir} is not the folder of a run: no {error.filename}") from error
     if (loss := options.get("age_loss", "distribution")) != "distribution":
         raise ValueError(f"the teacher {run_dir} was trained with --age-loss {loss}, so its ages are no distribution")
     if is_rounded(weights):
         raise ValueError(f"the teacher {run_dir} was trained in 8 bits; give the run that it went on from")
     network = create_network(options["backbone"], pretrained=False, dropout=0.0, drop_path=0.0)
-    network.load_state_dict(weights)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"the teacher {run_dir} holds no weights of {options['backbone']} ({error})") from error
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     cut, cache = load_chips(samples, options["size"], options.get("margin", 0.0), cache_dir, Rejected())
     if len(cut) != len(samples):

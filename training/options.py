@@ -36,7 +36,7 @@ class TrainOptions:
     backbones side by side. The agegender.splits.csv beside it says what it was trained on; an empty one says none of
     these pictures."""
     teacher: tuple[Path, ...] = ()
-    """Distil from these finished runs, averaged: the out_dirs of networks of any backbone."""
+    """Distil from the best epochs of these runs, averaged: the out_dirs of networks of any backbone."""
     teacher_weight: float = 0.5
     """Share of the teachers in the labels, 0 to 1."""
     size: int = 160

@@ -40,13 +40,14 @@ def _replace(module: nn.Module) -> None:
 
 
 def _padded_on_both_ends(convolution: nn.Conv2d) -> nn.Conv2d:
-    (kernel, _), (stride, _) = convolution.kernel_size, convolution.stride
+    (kernel, _), (stride, _), (dilation, _) = convolution.kernel_size, convolution.stride, convolution.dilation
     plain = nn.Conv2d(
         convolution.in_channels,
         convolution.out_channels,
         kernel,
         stride,
-        padding=kernel // 2,
+        padding=dilation * (kernel // 2),
+        dilation=dilation,
         groups=convolution.groups,
         bias=convolution.bias is not None,
     )

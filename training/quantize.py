@@ -120,12 +120,13 @@ class _StoredConv2d(nn.Module):
         self.register_buffer("weight", (rounded / scale).round().to(torch.int8))
         self.register_buffer("scale", scale)
         self.register_buffer("bias", torch.zeros(len(scale)) if trained.bias is None else trained.bias.detach())
-        self.stride, self.groups = list(trained.stride), trained.groups
-        self.padding = [int(side) for side in trained.padding]
+        self.stride, self.dilation = list(trained.stride), list(trained.dilation)
+        self.padding, self.groups = [int(side) for side in trained.padding], trained.groups
         self.rectified = isinstance(trained, ConvReLU2d)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.conv2d(x, self.weight * self.scale, self.bias, self.stride, self.padding, groups=self.groups)
+        kernels = self.weight * self.scale
+        y = F.conv2d(x, kernels, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return F.relu(y) if self.rectified else y
 
 

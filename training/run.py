@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from agegender import Model, ModelSpec
-from agegender.memory import keep_freed_memory
 from agegender.model import find_device
+from agegender.process import keep_freed_memory
 from agegender.spec import FORMAT_VERSION
 from training.backbones import FOLDED
 from training.branch import join, parse_backbones
@@ -49,6 +49,7 @@ __all__ = ["run"]
 
 _OPTIONS: Final = "options.json"
 _START_OVER: Final = "give another --out-dir, or --no-resume to start over"
+_KEPT_BYTES: Final = 2**31 - 1  # a step's activations, which come anew with the next
 _STATISTICS: Final = 512  # chips that statistics of activations are estimated from
 
 # Options that change where or how fast a run goes, or how its result is exported, but not the training.
@@ -137,7 +138,7 @@ def _begin(options: TrainOptions, faces: Faces) -> None:
 
 def _prepare(options: TrainOptions) -> torch.device:
     device = find_device(options.device)
-    keep_freed_memory()
+    keep_freed_memory(most_bytes=_KEPT_BYTES)
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
     make_deterministic(options.seed)
     return device
@@ -206,8 +207,9 @@ def _names(paths: tuple[Path, ...]) -> str:
 def _sample(faces: Faces, options: TrainOptions) -> Tensor:
     """(N, 3, S, S) uint8 chips of the training split at the network's size, for statistics of activations."""
     samples = faces.samples["train"]
+    count = min(len(samples), _STATISTICS)
     # Of the whole split: by their names, which begin with the age, the first pictures are of children and the very old.
-    chips = faces.train_chips.read(samples[:: max(1, len(samples) // _STATISTICS)][:_STATISTICS])
+    chips = faces.train_chips.read([samples[place * len(samples) // count] for place in range(count)])
     sized = [cv2.resize(chip, (options.size, options.size), interpolation=cv2.INTER_AREA) for chip in chips]
     return torch.from_numpy(np.stack(sized)).permute(0, 3, 1, 2)
 
