@@ -51,6 +51,9 @@ _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 # Pillow calls a row of 2**31 bits a lack of memory; a pixel has at most 64, so this is half of the shortest such row.
 _MAX_WIDTH: Final = (1 << 24) - 1
 
+# What a record holds; no header means more in earnest.
+_MAX_SIDE: Final = 2**31 - 1
+
 _SIXTEEN_BIT_MODES: Final = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -105,7 +108,8 @@ def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Encoded
     Raises:
         NotAnImageError: the bytes are empty or of none of `FORMATS`.
         ImageDecodeError: the format is known but its header is damaged.
-        ImageTooLargeError: the header announces more than `max_pixels` pixels.
+        ImageTooLargeError: the header announces more than `max_pixels` pixels, or more in a row or a column than any
+            image has.
     """
     if not isinstance(data, bytes | bytearray | memoryview):
         raise TypeError(f"an image is given as the bytes of its file, not as {type(data).__name__}")
@@ -122,6 +126,8 @@ def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Encoded
 
 
 def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if max(width, height) > _MAX_SIDE:
+        raise ImageTooLargeError(f"the header announces {width}x{height} pixels, which no image has")
     if width * height > max_pixels:
         raise ImageTooLargeError(
             f"{width}x{height} is {width * height / 1e6:.1f} megapixels, over the limit of {max_pixels / 1e6:g}",

@@ -386,6 +386,14 @@ def test_a_size_over_the_cap_is_refused_from_the_header(format_, side, loads):
     assert "exceeds limit" in str(caught.value) or f"{side}x{side} is " in str(caught.value)
 
 
+@pytest.mark.parametrize("side", [2**31, 2**32 - 1])
+def test_a_side_that_no_record_holds_is_refused_without_it(side):
+    bitmap = b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IIIHHIIiiII", 40, side, 1, 1, 24, *[0] * 6)
+    with pytest.raises(ImageTooLargeError, match=rf"announces {side}x1 pixels, which no image has") as caught:
+        read_header(bitmap, max_pixels=10**12)
+    assert (caught.value.width, caught.value.height) == (None, None)
+
+
 def test_the_tiny_files_are_accepted_when_they_announce_their_size():
     """Else the test above could pass on files that are damaged in another way."""
     for format_ in FORMATS:
