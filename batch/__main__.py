@@ -16,6 +16,7 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that Ray ends under would start another one
 }
 
 _DONE, _WRONG_CALL, _INTERRUPTED = 0, 2, 130
@@ -45,12 +46,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reporting = given[:1] == ["report"]
     options = _report_parser().parse_args(given[1:]) if reporting else _parser().parse_args(given)
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt = _interrupt_once()
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is behind nohup, and in scripts behind `&`
+        signal.signal(signal.SIGINT, interrupt)
     try:
         return _run(_report if reporting else _score, options)
     except KeyboardInterrupt as interrupt:
         print("\nbatch: " + "; ".join(["interrupted", *interrupt.args]), file=sys.stderr)
         return _INTERRUPTED
+
+
+def _interrupt_once() -> Callable[..., None]:
+    """A handler of signals: what follows the first one finds the program tidying up, and lets it."""
+    interrupted = False
+
+    def handle(*_: object) -> None:
+        nonlocal interrupted
+        if not interrupted:
+            interrupted = True
+            raise KeyboardInterrupt
+
+    return handle
 
 
 def _run(action: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:

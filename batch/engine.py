@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ _SPARE_CPUS: Final = 3
 _OBJECT_STORE_BYTES: Final = 256 * 2**20
 _SCRATCH: Final = "agegender-ray-"
 _STARTS: Final = 3
+_ANSWER_S: Final = 10.0
 
 
 @contextlib.contextmanager
@@ -40,13 +42,15 @@ def running_engine(resources: Resources) -> Iterator[None]:
         try:
             _start(resources, folder)
         except SystemExit:  # of Ray's own handler, which says nothing
-            raise KeyboardInterrupt from None
+            signal.signal(signal.SIGTERM, on_sigterm)
+            signal.raise_signal(signal.SIGTERM)
         finally:
             signal.signal(signal.SIGTERM, on_sigterm)
         try:
             yield
         finally:
             ray.shutdown()
+            signal.signal(signal.SIGTERM, on_sigterm)  # which Ray has set back to the system's own
 
 
 def worker_count(resources: Resources) -> int:
@@ -60,6 +64,8 @@ def worker_count(resources: Resources) -> int:
 
 def _start(resources: Resources, folder: str) -> None:
     """Starts or joins Ray. It gives itself 30 s, which a machine that is busy with other things may not keep."""
+    if resources.address:
+        _check_answers(resources.address)
     for attempt in range(_STARTS):
         cluster = {"address": resources.address} if resources.address else _private_cluster(resources, folder)
         try:
@@ -67,8 +73,24 @@ def _start(resources: Resources, folder: str) -> None:
             return
         except Exception as error:  # Ray raises bare ones here
             ray.shutdown()
+            if "AF_UNIX path length" in str(error):
+                raise JobError(
+                    f"{tempfile.gettempdir()} is too long a name for the directory of Ray's sockets; set TMPDIR to a "
+                    "shorter one"
+                ) from error
             if resources.address or attempt + 1 == _STARTS:
                 raise JobError(f"Ray did not start: {first_line(error)} Nothing is lost; try again.") from error
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself tries for minutes, without a word."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # such as `auto`
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise JobError(f"no Ray cluster answers at {address} ({error}); see --address and RAY_ADDRESS") from error
 
 
 @contextlib.contextmanager

@@ -32,6 +32,10 @@ _POLL_S: Final = 0.25
 _STUCK_S: Final = 1800
 _TALLY_S: Final = 5
 
+# Ray ends with advice on retries; what it quotes of the other process stands before these words of Python's.
+_ADVICE: Final = "To change retry attempts"
+_DIRECT_CAUSE: Final = "The above exception was the direct cause"
+
 # With chips they fill two or three of the large blocks a second, and a task that writes one to a disk takes 0.03 s. The
 # rest of the second is for slower stores.
 _WORKERS_PER_WRITER: Final = 8
@@ -213,8 +217,11 @@ def _explain(error: Exception) -> str:
     for cause in causes:
         if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
             return reason_of(cause)
-    telling = [cause for cause in causes if str(cause).strip()] or causes
-    return f"the engine stopped: {_last_line(telling[-1])}"
+    telling = ([cause for cause in causes if str(cause).strip()] or causes)[-1]
+    line = _last_line(str(telling))
+    if line.startswith(_ADVICE):
+        line = _last_line(str(error).rpartition(_DIRECT_CAUSE)[0]) or line
+    return f"the engine stopped: {line or type(telling).__name__}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -223,5 +230,5 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = getattr(error, "cause", None) or error.__cause__
 
 
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]

@@ -2,13 +2,18 @@
 
 import json
 import os
+import signal
 import socket
+import struct
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import pandas as pd
@@ -23,6 +28,9 @@ from batch.location import decode_path, encode_path
 from batch.publish import FINAL_SCHEMA
 
 TIMEOUT_S = 280
+
+# Announces 2**32 - 5 pixels a row.
+WIDE_BMP = b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiIHHIIiiII", 40, -5, 5, 1, 24, *[0] * 6)
 
 
 def run_batch(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -73,6 +81,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, astronaut: bytes, group_jp
         b"percent%20 \\ quote'.png": (blank_png, "no_face"),
         "пример 😀.png".encode(): (blank_png, "no_face"),
         b"-rf": (b"-rf", "not_image"),
+        b"wide.bmp": (WIDE_BMP, "too_large"),
     }
     contents |= {b"/".join([b"deep"] * 30) + b"/down.png": (blank_png, "no_face")}
     statuses = {}
@@ -246,18 +255,27 @@ def test_a_run_that_is_told_to_end_says_how_to_go_on(tmp_path: Path, group_jpeg:
         (tmp_path / "photos" / f"{number}.jpg").write_bytes(group_jpeg)
     out = tmp_path / "block=7" / "*;a#b%20" / "out"
     arguments = [sys.executable, "-m", "batch", str(tmp_path / "photos"), str(out)]
+    before = engine_folders()
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert any(line.startswith("Found 20 files") for line in process.stdout)  # so the engine is up
-        process.terminate()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGINT):  # as people do who are in haste
+            process.send_signal(number)
+            time.sleep(0.2)
         _, errors = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130, errors
     assert "interrupted; the same command goes on from here" in errors
     assert "Traceback" not in errors
+    assert engine_folders() <= before
     done = run_batch(tmp_path / "photos", out)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Going on")
     assert pd.read_parquet(list(out.glob("*.parquet")))["path"].nunique() == 20
+
+
+def engine_folders() -> set[str]:
+    """Where Ray keeps its sockets and logs: a private one, and one that began by itself."""
+    return {path for pattern in ("agegender-ray-*", "ray/session_2*") for path in glob(f"{gettempdir()}/{pattern}")}
 
 
 def test_a_model_that_does_not_run_is_told_of_in_a_sentence(model_path: Path, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 import os
 import shutil
+import socket
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from batch.engine import _scratch
+from batch.engine import _scratch, running_engine
+from batch.errors import JobError
+from batch.request import Resources
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +45,24 @@ def test_a_directory_that_another_run_takes_for_left_behind_is_replaced(
     with _scratch() as folder:
         assert folder == made[1]
         assert os.path.isdir(folder)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "127.0.0.1:99999"])
+def test_a_cluster_that_does_not_answer_is_told_of_at_once(address: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    started = time.monotonic()
+    with (
+        pytest.raises(JobError, match="no Ray cluster answers at"),
+        running_engine(Resources(address.format(port=port))),
+    ):
+        pass
+    assert time.monotonic() - started < 5
+
+
+def test_a_directory_of_too_long_a_name_for_sockets_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = tmp_path / ("t" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with pytest.raises(JobError, match="set TMPDIR to a shorter one"), running_engine(Resources()):
+        pass
