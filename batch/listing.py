@@ -5,6 +5,7 @@ digest of every name; see docs/batch.md for the figures.
 """
 
 import codecs
+import functools
 import glob
 import hashlib
 import math
@@ -71,10 +72,10 @@ class Listing:
     excluded: Counter[str] = field(default_factory=Counter)
 
     def check(self) -> None:
-        """Looks whether each source is there.
+        """Looks whether each source is there, and will stay there.
 
         Raises:
-            SourceError: one is not.
+            SourceError: one is not, or lies in the output.
         """
         for source in self.sources:
             try:
@@ -83,6 +84,11 @@ class Listing:
                 raise SourceError(f"{source} cannot be reached: {first_line(error)}") from error
             if not there and not _is_glob(source):
                 raise SourceError(f"{source} does not exist")
+            if self._is_skipped(source):
+                raise SourceError(
+                    f"{source} lies in the output, where it may be deleted; "
+                    "score a copy of it, or give another output directory"
+                )
             if source.endswith(".parquet") and (is_remote(source) or os.path.isfile(decode_path(source))):
                 next(_read_list(source), None)  # so that a list without paths is told of before anything is deleted
 
@@ -98,6 +104,14 @@ class Listing:
                 continue
             self.known.add(key)
             yield each
+
+    def _is_skipped(self, name: str) -> bool:
+        """Whether it is the output or lies there, by whatever name."""
+        if self.skip is None or is_remote(name) != is_remote(self.skip):
+            return False
+        if is_remote(name):
+            return f"{name}/".startswith(f"{self.skip}/")
+        return (os.path.realpath(decode_path(name)) + b"/").startswith(_real_path(self.skip) + b"/")
 
     def _all(self) -> Iterator[Input]:
         for source in self.sources:
@@ -125,7 +139,7 @@ class Listing:
             raise SourceError(f"{pattern} is no pattern: {first_line(error)}") from error
 
     def _match(self, path: bytes) -> Iterator[Input]:
-        inside = self.skip is not None and (path + b"/").startswith(decode_path(self.skip) + b"/")
+        inside = self._is_skipped(encode_path(path))
         if not os.path.isdir(path):
             if not inside:
                 yield Input(encode_path(path))
@@ -139,7 +153,7 @@ class Listing:
     def _walk(self, root: bytes) -> Iterator[Input]:
         """All files below a directory; hidden ones too."""
         visited = set[tuple[int, int]]()
-        if self.skip is not None and os.path.isdir(decode_path(self.skip)) and self.skip != encode_path(root):
+        if self.skip is not None and os.path.isdir(decode_path(self.skip)):
             visited.add(_identity(decode_path(self.skip)))
         folders, linked = [root], list[bytes]()
         while folders or linked:  # links last, so that a directory has its own name wherever it can be reached by it
@@ -332,6 +346,11 @@ def _is_list(source: str) -> bool:
 
 def _is_glob(source: str) -> bool:
     return not is_remote(source) and glob.has_magic(source) and not os.path.lexists(decode_path(source))
+
+
+@functools.lru_cache(maxsize=1)  # of the output, asked for with each match of a glob
+def _real_path(name: str) -> bytes:
+    return os.path.realpath(decode_path(name))
 
 
 def _is_directory(entry: "os.DirEntry[bytes]") -> bool:

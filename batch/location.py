@@ -71,8 +71,17 @@ def normalize(text: str) -> str:
         raise ValueError("a source or the output has an empty name")
     if is_remote(text):
         return text.rstrip("/")
-    path = os.path.abspath(decode_path(text))
+    path = os.path.abspath(_without_parents(decode_path(text)))
     return encode_path(b"/" + path.lstrip(b"/"))  # POSIX leaves two slashes at the beginning as they are
+
+
+def _without_parents(path: bytes) -> bytes:
+    """Resolves `..` as the system does: behind a link to a directory it is the parent of what the link leads to."""
+    names = path.split(b"/")
+    if b".." not in names or b"\0" in path:
+        return path
+    last = len(names) - names[::-1].index(b"..")
+    return os.path.join(os.path.realpath(b"/".join(names[:last])), *names[last:])
 
 
 def filesystem_of(name: str) -> tuple[fs.FileSystem, str]:

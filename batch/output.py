@@ -168,7 +168,13 @@ class Output:
             )
         if self.filesystem.get_file_info(self.base).type is fs.FileType.File:
             raise OutputError(f"{self.name} is a file; give a directory for the output")
-        names = [info.base_name for info in self.list()]
+        try:
+            names = [info.base_name for info in self.list()]
+        except UnicodeDecodeError as error:
+            raise OutputError(
+                f"{self.name} holds a file whose name is not UTF-8, which is none of this program's; "
+                "give an empty or new directory"
+            ) from error
         foreign = [name for name in names if not _OURS.fullmatch(name) and not _LEASE.fullmatch(name)]
         if foreign:
             raise OutputError(

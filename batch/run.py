@@ -203,7 +203,6 @@ def _append(output: Output, finished: Run, wanted: Run, listing: Listing, say: C
     first_id = output.summary()["inputs"]
     run = _begin(output, replace(wanted, sources=sources, first_id=first_id), listing, say)
     if run is None:
-        output.clear_run()
         say(f"Nothing to add: all files in {', '.join(listing.sources)} are in the output.")
     return run
 
@@ -230,6 +229,7 @@ def _begin(output: Output, wanted: Run, listing: Listing, say: Callable[[str], N
         inputs += sum(len(paths) for paths in shard["paths"].to_pylist())
         blocks += shard.num_rows
     if not inputs:
+        output.clear_run()
         return None
     run = replace(wanted, inputs=inputs, blocks=blocks, excluded=dict(listing.excluded))
     output.begin(run)

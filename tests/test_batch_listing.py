@@ -51,6 +51,15 @@ def test_relative_paths_become_absolute(tmp_path: Path, monkeypatch: pytest.Monk
     assert not is_remote("/tmp/s3://bucket")
 
 
+def test_the_parent_of_a_link_is_that_of_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "folder").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "folder")
+    assert normalize(f"{tmp_path}/link/../a/b..jpg") == str(tmp_path / "elsewhere" / "a" / "b..jpg")
+    assert normalize(f"{tmp_path}/link/a.jpg") == str(tmp_path / "link" / "a.jpg")
+    assert normalize("/../a") == "/a"
+    assert normalize("/a\0/../b") == "/b"
+
+
 def names(*sources: object, **options: object) -> list[str]:
     listing = Listing([normalize(str(source)) for source in sources], **options)  # type: ignore[arg-type]
     listing.check()
@@ -68,6 +77,19 @@ def folder(tmp_path: Path) -> Path:
 def test_a_directory_is_walked_without_the_output_inside_it(folder: Path) -> None:
     found = names(folder, skip=str(folder / "out"))
     assert sorted(found) == [str(folder / name) for name in ("b/.hidden/three.jpg", "b/two.jpg", "one.jpg")]
+
+
+def test_a_glob_does_not_match_the_output_by_another_name(folder: Path) -> None:
+    (folder.parent / "link").symlink_to(folder / "out")
+    assert not any("/out/" in name for name in names(folder / "**" / "*", skip=str(folder.parent / "link")))
+
+
+@pytest.mark.parametrize("source", ["out", "out/faces.parquet", "../link", "../list.parquet"])
+def test_a_source_in_the_output_is_refused(folder: Path, source: str) -> None:
+    (folder.parent / "link").symlink_to(folder / "out")
+    (folder.parent / "list.parquet").symlink_to(folder / "out" / "faces.parquet")
+    with pytest.raises(SourceError, match="lies in the output, where it may be deleted"):
+        names(folder / source, skip=str(folder / "out"))
 
 
 def test_links_to_directories_are_counted_or_entered_once(folder: Path) -> None:

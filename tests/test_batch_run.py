@@ -427,7 +427,28 @@ def test_what_is_wrong_is_said_before_anything_begins(
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match="found no files"):
         run_batch(replace(request_, sources=(str(tmp_path / "empty"),)), said.append)
+    assert not list(Path(request_.out).glob("_run/*"))
+    Path(request_.out, os.fsdecode(b"caf\xe9")).touch()
+    with pytest.raises(OutputError, match="whose name is not UTF-8"):
+        run_batch(request_, said.append)
     assert not engine.calls
+
+
+def test_an_output_is_no_source_of_itself(request_: Request, engine: Engine, said: list[str]) -> None:
+    run_batch(request_, said.append)
+    for source in (request_.out, str(next(Path(request_.out).glob("*.parquet")))):
+        with pytest.raises(SourceError, match="lies in the output"):
+            run_batch(replace(request_, sources=(source,), mode="overwrite"), said.append)
+    assert len(pd.read_parquet(request_.out)) == 50
+
+
+def test_what_ended_the_engine_is_told_without_its_advice() -> None:
+    began = "(pid=1)\n  File 'a.py'\nArrowInvalid: too large\n\n"
+    advice = (
+        "The above exception was the direct cause of the following exception:\n\nTo change retry attempts, configure"
+    )
+    assert batch.job._explain(RuntimeError(began + advice)) == "the engine stopped: ArrowInvalid: too large"
+    assert batch.job._explain(RuntimeError("one\ntwo")) == "the engine stopped: two"
 
 
 def test_an_output_whose_name_is_not_utf_8_is_refused(request_: Request, engine: Engine, said: list[str]) -> None:
