@@ -16,7 +16,6 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that Ray ends under would start another one
 }
 
 _DONE, _WRONG_CALL, _INTERRUPTED = 0, 2, 130

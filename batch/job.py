@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import ctypes
 import errno
 import logging
 import math
@@ -31,6 +32,7 @@ __all__ = ["score_manifest"]
 _POLL_S: Final = 0.25
 _STUCK_S: Final = 1800
 _TALLY_S: Final = 5
+_STOP_S: Final = 5
 
 # Ray ends with advice on retries; what it quotes of the other process stands before these words of Python's.
 _ADVICE: Final = "To change retry attempts"
@@ -78,10 +80,11 @@ def score_manifest(
     pipeline = _Pipeline(output, run, options, model, resources, tally)
     pipeline.start()
     patience = _Patience()
-    while pipeline.is_alive():
-        pipeline.join(_POLL_S)
-        if pipeline.is_alive():
+    try:
+        while not pipeline.ended.wait(_POLL_S):
             patience.look(_poll(tally, on_progress))
+    finally:
+        pipeline.stop()
     if pipeline.error is not None:
         raise JobError(_explain(pipeline.error)) from pipeline.error
     _poll(tally, on_progress)
@@ -151,6 +154,7 @@ class _Pipeline(threading.Thread):
     ) -> None:
         super().__init__(daemon=True)
         self.error: Exception | None = None
+        self.ended = threading.Event()  # Python before 3.13 takes a thread for ended when a join with it is interrupted
         self._output = output
         self._run = run
         self._constructor = {
@@ -167,6 +171,15 @@ class _Pipeline(threading.Thread):
             self._execute()
         except Exception as error:  # the main thread raises it
             self.error = error
+        finally:
+            self.ended.set()
+
+    def stop(self) -> None:
+        """Ends Ray Data's call, if it has not ended: threads that outlive Ray would start another one."""
+        if not self.ended.is_set():
+            # There is no other way into a call that blocks; in CPython's C API.
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident or 0), ctypes.py_object(SystemExit))
+            self.ended.wait(_STOP_S)
 
     def _execute(self) -> None:
         output = self._output

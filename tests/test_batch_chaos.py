@@ -222,6 +222,8 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     folder = tempfile.mkdtemp(prefix="ray-")  # short, since it holds sockets
+    os.mkdir(os.path.join(folder, "ray"))  # where it also keeps the cluster's address, and does not make it
+    monkeypatch.setenv("RAY_TMPDIR", folder)
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": folder}
     )
