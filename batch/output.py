@@ -221,10 +221,11 @@ class Output:
         self.reopen()
 
     def reopen(self) -> None:
-        """No longer says that all is there, as a finished output does that a run adds to."""
-        info = self.filesystem.get_file_info(self.path(_SUCCESS))
-        if info.type is fs.FileType.File:
-            self.filesystem.delete_file(info.path)
+        """No longer says that all is there, as a finished output does that a run adds to, nor shows a page about it."""
+        for name in (_SUCCESS, REPORT_FILE):
+            info = self.filesystem.get_file_info(self.path(name))
+            if info.type is fs.FileType.File:
+                self.filesystem.delete_file(info.path)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """All final files are there: says so, and tidies up."""

@@ -582,9 +582,11 @@ def test_no_report_of_an_output_that_is_being_added_to(
     request_: Request, engine: Engine, said: list[str], source: Path
 ) -> None:
     run_batch(request_, said.append)
+    page = Path(write_report(Output(request_.out)))
     begin_to_append(request_, engine, said, source)
     with pytest.raises(OutputError, match="a run is adding to it"):
         write_report(Output(request_.out))
+    assert not page.exists()  # it told of fewer inputs
 
 
 def test_the_report_is_one_page_that_escapes_what_it_shows(
