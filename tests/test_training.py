@@ -49,6 +49,7 @@ from training.data import (
     perceptual_hash,
     scan,
     split_samples,
+    spread,
 )
 from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
 from training.deploy import Deployed
@@ -316,6 +317,19 @@ def test_calibration_reaches_its_coverage_on_fresh_data() -> None:
         band = (labels[0][4000:] >= first) & (labels[0][4000:] <= last)
         assert covered[band].mean().item() == pytest.approx(0.9, abs=0.04)
     assert calibration.gender_temperature > 1.5
+
+
+def test_genders_that_validation_never_misses_are_not_made_certain() -> None:
+    age, genders = torch.zeros(40, AGE_BINS), torch.tensor([0, 1] * 20)
+    logits = Logits(age, torch.nn.functional.one_hot(genders, 2) * 3.0)
+    assert calibrate(logits, torch.arange(40.0), genders, mean=False).gender_temperature == 1
+
+
+@pytest.mark.parametrize("total", [0, 10, 300, 301, 450, 599, 2130])
+def test_samples_are_spread_over_all(total: int) -> None:
+    chosen = spread(range(total), 300)  # type: ignore[arg-type]
+    assert len(set(chosen)) == min(total, 300)
+    assert not total or (chosen[0], chosen[-1] >= total - 1 - total // 300) == (0, True)
 
 
 @pytest.mark.parametrize(("age_loss", "age"), [("distribution", 10.0), ("l1", 37.0), ("mse", 37.0)])

@@ -117,7 +117,12 @@ def _conformal_quantile(scores: Tensor) -> float:
 
 
 def _temperature(logits: Tensor, labels: Tensor) -> float:
-    """Temperature scaling (Guo et al. 2017): the one number that minimizes the validation cross-entropy."""
+    """Temperature scaling (Guo et al. 2017): the one number that minimizes the validation cross-entropy.
+
+    Where no label is missed, that number would be 0, and every gender certain; then the logits stay as they are.
+    """
+    if bool((logits.argmax(dim=1) == labels).all()):
+        return 1.0
     log_temperature = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
 

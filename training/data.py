@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAX_AGE_YEARS", "Labels", "Rejected", "Sample", "Split", "parse_name", "scan", "split_samples"]
+__all__ = ["MAX_AGE_YEARS", "Labels", "Rejected", "Sample", "Split", "parse_name", "scan", "split_samples", "spread"]
 
 MAX_AGE_YEARS: Final = 116
 IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -158,3 +158,10 @@ def _side(digest: str, val_frac: float, test_frac: float, seed: int) -> Split:
     if draw < test_frac:
         return "test"
     return "val" if draw < test_frac + val_frac else "train"
+
+
+def spread(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
+    """At most `count` samples, evenly from first to last: by their names, which begin with the age, the first pictures
+    are of children and the very old."""
+    count = min(count, len(samples))
+    return [samples[place * len(samples) // count] for place in range(count)]

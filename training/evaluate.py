@@ -14,7 +14,7 @@ from agegender import AgeGenderError, Model
 from agegender.model import Predictions
 from agegender.spec import DEFAULT_MODEL
 from training.cache import ChipCache, load_chips
-from training.data import Sample, scan
+from training.data import Sample, scan, spread
 from training.dataset import Splits, read_splits, splits_path
 from training.loop import EpochResult, read_curve
 from training.metrics import Scored, measure_groups
@@ -91,8 +91,7 @@ def evaluate(
     """Measures a model on pictures whose chips are cut, and writes metrics.json and report.html."""
     scored = Scored.of([sample.labels for sample in samples], predict_chips(model, samples, chips))
     groups = measure_groups(scored)
-    step = max(1, len(samples) // max(1, robustness_pictures))
-    curves = robustness(model, samples[::step][:robustness_pictures]) if robustness_pictures else {}
+    curves = robustness(model, spread(samples, robustness_pictures)) if robustness_pictures else {}
     result = Evaluation(model, list(samples), scored, groups, curves, list(curve), warning)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "metrics.json").write_text(json.dumps(_as_json(result), indent=1) + "\n")

@@ -21,7 +21,7 @@ from agegender.spec import FORMAT_VERSION
 from training.backbones import FOLDED
 from training.branch import join, parse_backbones
 from training.calibrate import COVERAGE, LEAST_TO_COVER, calibrate
-from training.data import Rejected
+from training.data import Rejected, spread
 from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
 from training.deploy import Deployed
 from training.distill import TAUGHT, taught
@@ -206,10 +206,7 @@ def _names(paths: tuple[Path, ...]) -> str:
 
 def _sample(faces: Faces, options: TrainOptions) -> Tensor:
     """(N, 3, S, S) uint8 chips of the training split at the network's size, for statistics of activations."""
-    samples = faces.samples["train"]
-    count = min(len(samples), _STATISTICS)
-    # Of the whole split: by their names, which begin with the age, the first pictures are of children and the very old.
-    chips = faces.train_chips.read([samples[place * len(samples) // count] for place in range(count)])
+    chips = faces.train_chips.read(spread(faces.samples["train"], _STATISTICS))
     sized = [cv2.resize(chip, (options.size, options.size), interpolation=cv2.INTER_AREA) for chip in chips]
     return torch.from_numpy(np.stack(sized)).permute(0, 3, 1, 2)
 
