@@ -11,7 +11,8 @@ FACES ?= detect
 MODEL ?= model_store/agegender.pt
 DATA ?=
 ARGS ?=
-CPU ?=
+# What was chosen at the first setup stays chosen.
+CPU ?= $(if $(wildcard $(VENV)/requirements.txt),1)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup app batch report train evaluate archive serve stop stubs screenshots test test-slow bench licences check format lock clean
@@ -42,7 +43,7 @@ batch: $(READY) ## Score a directory of images into Parquet: SRC=DIR OUT=DIR FAC
 	@$(BIN)/python -m batch $(if $(SRC),"$(SRC)" "$(or $(OUT),out)",--samples examples/photos "$(or $(OUT),examples/out)") \
 		--faces $(FACES) --model "$(MODEL)" $(ARGS)
 
-report: $(READY) ## Write a page about a batch output: OUT=DIR
+report: $(READY) ## Write a page about a batch output: OUT=DIR (by default the samples')
 	@$(BIN)/python -m batch report "$(or $(OUT),examples/out)"
 
 train: $(READY) ## Train on a folder of labelled faces: DATA=DIR ARGS="--epochs 20 ..."

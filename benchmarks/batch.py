@@ -165,8 +165,9 @@ def _measure(bench: Bench, sources: dict[str, Images], failed: dict[str, str]) -
                 failed[contestant] = str(error)
                 continue
             measurement.round = round_
-            bare = bare or measurement.images_per_s
-            measurement.ratio = measurement.images_per_s / bare
+            if contestant == "bare":
+                bare = measurement.images_per_s
+            measurement.ratio = measurement.images_per_s / bare if bare else None
             print(f"round {round_} {workload:7} {contestant:9} {measurement.images_per_s:8.1f} images/s", flush=True)
             yield measurement
 

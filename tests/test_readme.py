@@ -124,6 +124,7 @@ def test_serving(checkout: Path) -> None:
         server.stop(drain_s=0)
     assert done.returncode == 0, done.stderr
     alone = run([sys.executable, "-m", "agegender", "examples/photos/astronaut.png"], checkout)
+    assert (alone.returncode, len(alone.stdout.splitlines())) == (0, 2), alone.stderr
     assert alone.stdout in done.stdout
 
 
