@@ -80,7 +80,7 @@ class Server:
                 self._launch()
                 self._wait_until_ready(timeout_s)
             except BaseException:
-                self.stop(drain_s=0)
+                self._stop(drain_s=0)
                 raise
 
     def stop(self, drain_s: float = 30.0) -> bool:
@@ -93,8 +93,17 @@ class Server:
             Whether there was a server to stop.
 
         Raises:
-            ServingError: a process is left that cannot be ended.
+            ServingError: a process is left that cannot be ended, or the server is only about to start.
         """
+        if self.process() is None:
+            with self._alone():  # or a server that is being started would lose its files
+                if self.process() is None:
+                    self._clear()
+                    return False
+        self._stop(drain_s)
+        return True
+
+    def _stop(self, drain_s: float) -> None:
         process = self.process()
         workers = _workers(process) if process else []
         try:
@@ -103,9 +112,11 @@ class Server:
         finally:  # also after an interrupt: a server that was told to turn requests away must not stay
             if process:
                 _end([process, *workers])
-            (self.directory / KEY_FILE).unlink(missing_ok=True)
-            shutil.rmtree(self.temporary, ignore_errors=True)
-        return process is not None
+            self._clear()
+
+    def _clear(self) -> None:
+        (self.directory / KEY_FILE).unlink(missing_ok=True)
+        shutil.rmtree(self.temporary, ignore_errors=True)
 
     def process(self) -> psutil.Process | None:
         """The server's Java process, also where `torchserve --start` was called by hand.

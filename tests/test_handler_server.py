@@ -97,6 +97,15 @@ def test_a_second_start_waits_for_no_first_and_harms_it_not(stopped: Server) -> 
         stopped.start()
 
 
+def test_a_server_that_is_being_started_keeps_its_files(stopped: Server) -> None:
+    stopped.temporary.mkdir(mode=0o700)
+    with stopped._alone(), pytest.raises(ServingError, match="is being started already"):
+        stopped.stop()
+    assert stopped.temporary.exists()
+    assert not stopped.stop()
+    assert not stopped.temporary.exists()
+
+
 def test_errors_of_earlier_runs_are_not_told_of_this_one(stopped: Server) -> None:
     log = stopped.directory / "logs" / "torchserve.log"
     log.parent.mkdir()
