@@ -31,6 +31,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 import training.augment
+import training.cache
 import training.dataset
 import training.distributed
 import training.run
@@ -188,6 +189,40 @@ def test_chips_are_cut_once(options: TrainOptions, monkeypatch: pytest.MonkeyPat
     again = load_faces(options)
     assert again.samples == first.samples
     assert again.train_chips.open().shape[1:] == (120, 120, 3)
+
+
+def test_chips_that_were_cut_before_an_interrupt_are_kept(
+    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, _ = scan(options.data_dir)
+    whole, asked = training.cache._cut_all, []
+
+    def interrupted(missing: list[Sample], cut: Any) -> Any:
+        asked.append(len(missing))
+        for number, chip in enumerate(whole(missing, cut)):
+            if number == 3 and len(asked) == 1:
+                raise KeyboardInterrupt
+            yield chip
+
+    monkeypatch.setattr("training.cache._cut_all", interrupted)
+    arguments = (96, 0.0, tmp_path, Rejected())
+    with pytest.raises(KeyboardInterrupt):
+        load_chips(samples[:8], *arguments)
+    cut, cache = load_chips(samples[:8], *arguments)
+    assert asked == [8, 5]
+    _, anew = load_chips(samples[:8], 96, 0.0, tmp_path / "anew", Rejected())
+    assert (cache.read(cut) == anew.read(cut)).all()
+
+
+def _dies(path: Path) -> None:
+    os._exit(1)
+
+
+def test_a_process_that_dies_while_it_cuts_is_told_of(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.cache._FEW", 0)
+    samples, _ = scan(options.data_dir)
+    with pytest.raises(ValueError, match="a process that cuts chips died"):
+        list(training.cache._cut_all(samples[:2], partial(_dies)))
 
 
 def test_two_runs_extend_one_cache(options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -115,7 +116,8 @@ def _extend(
 ) -> dict[str, int | str]:
     """Writes a larger array and index beside the old ones, then puts them in place: array first, index last.
 
-    Old chips keep their rows, so that a run that knows only those goes on reading them rightly.
+    Old chips keep their rows, so that a run that knows only those goes on reading them rightly. What was cut before an
+    interrupt is kept.
     """
     old = sum(isinstance(row, int) for row in known.values())
     chips = np.lib.format.open_memmap(
@@ -124,17 +126,19 @@ def _extend(
     if old:
         chips[:old] = np.load(folder / "chips.npy", mmap_mode="r")[:old]
     index, row = dict(known), old
-    for sample, chip in zip(missing, _cut_all(missing, cut), strict=True):
-        if isinstance(chip, str):
-            index[sample.digest] = chip
-        elif chip is not None:
-            index[sample.digest] = row
-            chips[row] = chip
-            row += 1
-    chips.flush()
-    (folder / "index.tmp.json").write_text(json.dumps(index))
-    os.replace(folder / "chips.tmp.npy", folder / "chips.npy")
-    os.replace(folder / "index.tmp.json", folder / "index.json")
+    try:
+        for sample, chip in zip(missing, _cut_all(missing, cut), strict=True):
+            if isinstance(chip, str):
+                index[sample.digest] = chip
+            elif chip is not None:
+                chips[row] = chip
+                index[sample.digest] = row
+                row += 1
+    finally:
+        chips.flush()
+        (folder / "index.tmp.json").write_text(json.dumps(index))
+        os.replace(folder / "chips.tmp.npy", folder / "chips.npy")
+        os.replace(folder / "index.tmp.json", folder / "index.json")
     return index
 
 
@@ -150,7 +154,12 @@ def _cut_all(samples: Sequence[Sample], cut: "partial[_Outcome]") -> Iterator[_O
         return
     # Spawned, not forked: this process may have threads of torch, whose locks a fork would copy as they are.
     with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        yield from bar(pool.map(cut, paths, chunksize=64))
+        try:
+            yield from bar(pool.map(cut, paths, chunksize=64))
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a process that cuts chips died, mostly for lack of memory; the same command goes on with the rest"
+            ) from error
 
 
 def _cut(path: Path, *, size_px: int, margin: float) -> _Outcome:
