@@ -21,14 +21,14 @@ def core_count() -> int:
     return os.cpu_count() or 1
 
 
-def keep_freed_memory(*, most_bytes: int = _KEPT_BYTES) -> None:
+def keep_freed_memory(*, most_bytes: int | None = _KEPT_BYTES) -> None:
     """Stops glibc from handing big buffers back to the kernel, which clears each page anew when they are wanted again.
 
     A network asks for the same buffers with every batch. For whole processes that do little else, such as workers.
     Nothing happens where there is no glibc. Constants: glibc's malloc.h.
 
     Args:
-        most_bytes: what is free beyond this goes back, up to 2**31 - 1. Heaps of threads other than the first stay
+        most_bytes: what is free beyond this goes back; None keeps all. Heaps of threads other than the first stay
             whole; they hold no buffer of more than 64 MB.
     """
     if sys.platform != "linux":
@@ -37,6 +37,6 @@ def keep_freed_memory(*, most_bytes: int = _KEPT_BYTES) -> None:
     if hasattr(libc, "mallopt"):  # musl has none
         m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
         libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, most_bytes)
+        libc.mallopt(m_trim_threshold, 2**31 - 1 if most_bytes is None else most_bytes)
         # All threads but the first take from heaps of this size. An empty one goes, unless as much is to stay free.
         libc.mallopt(m_top_pad, _HEAP_BYTES)

@@ -45,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reporting = given[:1] == ["report"]
     options = _report_parser().parse_args(given[1:]) if reporting else _parser().parse_args(given)
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
-    interrupt = _interrupt_once()
-    signal.signal(signal.SIGTERM, interrupt)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is behind nohup, and in scripts behind `&`
-        signal.signal(signal.SIGINT, interrupt)
+    handler = _interrupt_once()
+    signal.signal(signal.SIGTERM, handler)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in scripts behind `&`
+        signal.signal(signal.SIGINT, handler)
     try:
         return _run(_report if reporting else _score, options)
     except KeyboardInterrupt as interrupt:

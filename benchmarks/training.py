@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(options: TrainOptions) -> None:
-    keep_freed_memory()
+    keep_freed_memory(most_bytes=None)  # as `training.run` does
     torch.set_num_threads(options.threads or len(psutil.Process().cpu_affinity()))
     faces = load_faces(options)
     samples = faces.samples["train"]

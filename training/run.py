@@ -49,7 +49,6 @@ __all__ = ["run"]
 
 _OPTIONS: Final = "options.json"
 _START_OVER: Final = "give another --out-dir, or --no-resume to start over"
-_KEPT_BYTES: Final = 2**31 - 1  # a step's activations, which come anew with the next
 _STATISTICS: Final = 512  # chips that statistics of activations are estimated from
 
 # Options that change where or how fast a run goes, or how its result is exported, but not the training.
@@ -138,7 +137,7 @@ def _begin(options: TrainOptions, faces: Faces) -> None:
 
 def _prepare(options: TrainOptions) -> torch.device:
     device = find_device(options.device)
-    keep_freed_memory(most_bytes=_KEPT_BYTES)
+    keep_freed_memory(most_bytes=None)  # a step's activations come anew with the next
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
     make_deterministic(options.seed)
     return device
