@@ -63,7 +63,7 @@ def histogram(bins: pd.DataFrame, *, title: str, split: str | None = None) -> al
     """
     colour = (
         alt.Color(
-            split,
+            f"{split}:N",
             title=None,
             scale=alt.Scale(domain=list(GENDER_COLOURS), range=list(GENDER_COLOURS.values())),
             legend=alt.Legend(orient="top"),
@@ -71,7 +71,8 @@ def histogram(bins: pd.DataFrame, *, title: str, split: str | None = None) -> al
         if split
         else alt.value(_ACCENT)
     )
-    tooltip = [alt.Tooltip("start", title="from"), alt.Tooltip("end", title="to"), alt.Tooltip("count", format=",")]
+    ends = [alt.Tooltip(f"{name}:Q", title=title) for name, title in (("start", "from"), ("end", "to"))]
+    tooltip = [*ends, alt.Tooltip("count:Q", format=",")]
     return (
         alt.Chart(bins, height=_HEIGHT_PX)
         .mark_bar(binSpacing=1)
@@ -80,7 +81,7 @@ def histogram(bins: pd.DataFrame, *, title: str, split: str | None = None) -> al
             alt.X2("end"),
             alt.Y("count:Q", title="faces", axis=alt.Axis(tickMinStep=1, format="~s")),
             color=colour,
-            tooltip=[*tooltip, split] if split else tooltip,
+            tooltip=[*tooltip, f"{split}:N"] if split else tooltip,
         )
     )
 
@@ -102,6 +103,6 @@ def bars(counts: pd.DataFrame, *, title: str, horizontal: bool = False) -> alt.C
         .encode(
             names("name:N", sort=order, title=None if horizontal else title, axis=alt.Axis(labelAngle=0)),
             numbers("count:Q", title="images", axis=alt.Axis(tickMinStep=1, format="~s")),
-            tooltip=[alt.Tooltip("name", title=title), alt.Tooltip("count", format=",")],
+            tooltip=[alt.Tooltip("name:N", title=title), alt.Tooltip("count:Q", format=",")],
         )
     )

@@ -8,6 +8,7 @@ import streamlit as st
 
 from agegender import ModelSpec, Predictor
 from agegender.client import DEFAULT_KEY_FILE, DEFAULT_SERVER, Client
+from app.messages import plain
 
 __all__ = ["Engine", "choose_engine", "describe_model", "local_predictor"]
 
@@ -123,7 +124,7 @@ def _describe(spec: ModelSpec, sha256: str) -> None:
 
 
 def _identity(name: str, version: str, sha256: str) -> dict[str, str]:
-    return {"Name": name, "Version": version, "SHA-256": f"`{sha256[:_HASH_DIGITS]}`"}
+    return {"Name": plain(name), "Version": plain(version), "SHA-256": f"`{sha256[:_HASH_DIGITS]}`"}
 
 
 def _figure(spec: ModelSpec, name: str, form: str) -> str | None:

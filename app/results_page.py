@@ -13,8 +13,8 @@ import streamlit as st
 
 from app.charts import AGE_END_YEARS, bars, histogram
 from app.gallery import FaceError, cut_row
-from app.messages import show_error
-from app.scores import INTERVAL_WIDTH, SORTABLE, Rows, Scores, Selection
+from app.messages import plain, show_error
+from app.scores import INTERVAL_WIDTH, SORTABLE, Rows, Scores, Selection, read_summary
 from app.try_page import to_csv
 from batch.errors import OutputError
 
@@ -75,7 +75,7 @@ def show(out: str) -> None:
         show_error(error)
         return
     with st.sidebar:
-        _describe_run(scores.summary)
+        _describe_run(read_summary(name))
     _show_totals(scores)
     _show_charts(scores)
     st.subheader("Rows", anchor=False)
@@ -90,12 +90,12 @@ def _load(name: str, fingerprint: tuple[Any, ...]) -> Scores:
 def _describe_run(summary: dict[str, Any]) -> None:
     st.subheader("Run", anchor=False)
     if not summary:
-        st.caption("The directory has no summary: the run is not finished, or the files were copied from elsewhere.")
+        st.caption("No finished run is told of here: one still goes on or was stopped, or the files are copies.")
         return
     run = summary["run"]
     st.table(
         {
-            "Model": f"{run['model']['name']} {run['model']['version']}",
+            "Model": plain(f"{run['model']['name']} {run['model']['version']}"),
             "SHA-256": f"`{run['model']['sha256'][:12]}`",
             "Finished": summary["finished"].replace("T", " ").rstrip("Z"),
             "Speed": f"{summary['images_per_s']:,.1f} images/s",
@@ -285,7 +285,7 @@ def _show_gallery(rows: Sequence[dict[str, Any]]) -> None:
                 continue
             with st.container(gap="xxsmall"):
                 st.image(face, width="stretch", alt=f"face {row['face']} of {row['path']}")
-                st.caption(f"{row['gender']} {row['gender_probability']:.0%}, {row['age']:.0f} years")
+                st.caption(f"{plain(row['gender'])} {row['gender_probability']:.0%}, {row['age']:.0f} years")
     if missing:
         st.warning(
             f"{len(missing)} of {len(rows[:_GALLERY])} chosen rows cannot be shown:", icon=":material/hide_image:"

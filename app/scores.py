@@ -14,7 +14,7 @@ from batch.errors import OutputError, first_line
 from batch.location import normalize
 from batch.output import Output
 
-__all__ = ["INTERVAL_WIDTH", "SORTABLE", "Scores", "Selection"]
+__all__ = ["INTERVAL_WIDTH", "SORTABLE", "Scores", "Selection", "read_summary"]
 
 # Read once and held: about 50 bytes a row. Paths and errors stay in the files until rows of them are shown.
 _NARROW: Final = [field for field in arrow_schema().names if field not in ("path", "error", "x1", "y1", "x2", "y2")]
@@ -64,11 +64,7 @@ class Scores:
         """
         output = Output(normalize(name))
         self._dataset = _open(output)
-        self._narrow = _read(self._dataset, _NARROW)
-        try:
-            self.summary: dict[str, Any] = output.summary()
-        except OutputError:
-            self.summary = {}
+        self._narrow = _read(output, self._dataset, _NARROW)
 
     @staticmethod
     def fingerprint(name: str) -> tuple[tuple[str, int | None, int], ...]:
@@ -175,11 +171,22 @@ class Scores:
         return self._narrow[name].filter(self._is_input())
 
 
+def read_summary(name: str) -> dict[str, Any]:
+    """What a finished run says of itself; empty where none is finished, one is being added to, or it cannot be read."""
+    output = Output(normalize(name))
+    try:
+        return {} if output.finished() is None else output.summary()
+    except (OutputError, OSError):
+        return {}
+
+
 def _files(output: Output) -> list[Any]:
     try:
         files = [info for info in output.list("") if info.base_name.endswith(".parquet") and info.size]
     except (OSError, ValueError) as error:
         raise OutputError(f"{output.name} cannot be read: {error}") from error
+    if not files and output.run() is not None:
+        raise OutputError(f"the run in {output.name} is not finished; its rows appear when it is")
     if not files:
         raise OutputError(f"{output.name} holds no Parquet files; give the directory that `make batch` wrote")
     return files
@@ -190,18 +197,23 @@ def _open(output: Output) -> ds.Dataset:
     try:
         dataset = ds.dataset(paths, format="parquet", filesystem=output.filesystem)
     except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"{output.name} holds a damaged Parquet file: {first_line(error)}") from error
+        raise _unreadable(output, error) from error
     missing = [name for name in arrow_schema().names if name not in dataset.schema.names]
     if missing:
         raise OutputError(f"{output.name} holds Parquet of something else: it has no column {missing[0]}")
     return dataset
 
 
-def _read(dataset: ds.Dataset, columns: list[str]) -> pa.Table:
+def _read(output: Output, dataset: ds.Dataset, columns: list[str]) -> pa.Table:
     try:
         return dataset.to_table(columns=columns).combine_chunks()
     except (OSError, pa.ArrowException) as error:
-        raise OutputError(f"a Parquet file is damaged: {first_line(error)}") from error
+        raise _unreadable(output, error) from error
+
+
+def _unreadable(output: Output, error: Exception) -> OutputError:
+    kind = "Parquet that this account may not read" if isinstance(error, PermissionError) else "a damaged Parquet file"
+    return OutputError(f"{output.name} holds {kind}: {first_line(error)}")
 
 
 def _counts(column: pa.ChunkedArray) -> dict[Any, int]:

@@ -87,14 +87,20 @@ def _choose_items() -> list[Item]:
 
 
 def _choose_samples() -> list[Item]:
-    paths = {path.name: path for path in sorted(_SAMPLES.glob("*")) if path.is_file()}
+    paths = {path.name: path for path in sorted(_SAMPLES.glob("*")) if path.is_file() and path.name.isprintable()}
     if not paths:
         st.info(f"There are no samples in {_SAMPLES}; `make batch` puts them there.", icon=":material/info:")
         return []
     names = st.pills(
         "Samples", list(paths), selection_mode="multi", default=next(iter(paths)), label_visibility="collapsed"
     )
-    return [Item(paths[name].read_bytes(), name) for name in names]
+    items = []
+    for name in names:
+        try:
+            items.append(Item(paths[name].read_bytes(), name))
+        except OSError as error:
+            show_error(error)
+    return items
 
 
 def _views(items: Sequence[Item], engine: Engine) -> list[View]:

@@ -1,6 +1,7 @@
 """`python -m batch SOURCE... OUT`: the command line of the batch job."""
 
 import argparse
+import io
 import os
 import re
 import signal
@@ -43,8 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code, see the epilog of --help."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     reporting = given[:1] == ["report"]
-    options = _report_parser().parse_args(given[1:]) if reporting else _parser().parse_args(given)
+    options = _report_parser().parse_args(given[1:]) if reporting else _parser().parse_intermixed_args(given)
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does, it tells of names in any encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     handler = _interrupt_once()
     signal.signal(signal.SIGTERM, handler)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in scripts behind `&`

@@ -139,7 +139,7 @@ def quiet(log: str) -> Iterator[None]:
     saved = os.dup(2)
     with (
         open(log, "w") as file,
-        open(os.dup(saved), "w") as stream,
+        open(os.dup(saved), "w", encoding=sys.stderr.encoding, errors="backslashreplace") as stream,
         contextlib.redirect_stderr(stream),
         contextlib.redirect_stdout(file),
     ):

@@ -119,11 +119,14 @@ def read_bytes(name: str, *, max_bytes: int) -> bytes:
             return file.read()
     # Without O_NONBLOCK, opening a named pipe waits for a writer that may never come.
     descriptor = os.open(decode_path(name), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(descriptor, "rb", buffering=0) as file:
+    try:
         status = os.fstat(descriptor)
         _check_regular(status.st_mode)
         _check_size(status.st_size, max_bytes)
-        return _read_at_most(file, max_bytes)
+        with open(descriptor, "rb", buffering=0, closefd=False) as file:
+            return _read_at_most(file, max_bytes)
+    finally:
+        os.close(descriptor)
 
 
 def _read_at_most(file: io.FileIO, max_bytes: int) -> bytes:

@@ -32,6 +32,7 @@ _SUCCESS: Final = "_SUCCESS"
 SUMMARY_FILE: Final = "_summary.json"
 REPORT_FILE: Final = "_report.html"
 _OURS: Final = re.compile(r"_run|_SUCCESS|_summary\.json|_report\.html|faces-[0-9a-f]{8}-\d{5}\.parquet")
+_SUMMARY: Final = ("inputs", "faces", "statuses", "genders", "ages", "images_per_s", "startup_s", "slowest", "finished")
 _LEASE: Final = re.compile(r"_writer-[0-9a-f]{16}")
 
 
@@ -117,11 +118,11 @@ class Output:
 
     def run(self) -> Run | None:
         """The run that can be resumed, if there is one."""
-        text = self._read(_RUN_FILE)
         try:
+            text = self._read(_RUN_FILE)
             return None if text is None else _run_from(json.loads(text))
-        except ValueError:  # a power cut left a piece of it, and whatever stands beside it may be no better
-            return None
+        except (ValueError, KeyError, TypeError):
+            return None  # a power cut left a piece of it, and whatever stands beside it may be no better
 
     def finished(self) -> Run | None:
         """The run that is finished, if there is one."""
@@ -135,12 +136,12 @@ class Output:
         Raises:
             OutputError: there is none, or it is damaged.
         """
-        text = self._read(SUMMARY_FILE)
-        if text is None:
-            raise OutputError(f"{self.name} is not a finished output: it has no {SUMMARY_FILE}")
         try:
+            if (text := self._read(SUMMARY_FILE)) is None:
+                raise OutputError(f"{self.name} is not a finished output: it has no {SUMMARY_FILE}")
             summary = dict(json.loads(text))
-            _run_from(summary["run"])
+            _model_text(_run_from(summary["run"]).model)
+            _ = [summary[name] for name in _SUMMARY]
         except (ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{self.name}: {SUMMARY_FILE} is damaged; --overwrite starts anew") from error
         return summary

@@ -156,6 +156,7 @@ class Progress:
             unit="img",
             rate=(done - first) / elapsed if done > first and elapsed > _STEADY_S else None,
             ncols=100 if self._terminal else 0,
+            ascii=not ((self._stream or sys.stderr).encoding or "utf").lower().startswith("utf"),
             postfix=f"{bad} bad" if bad else "",
         )
         return str(text).strip()

@@ -45,16 +45,19 @@ def write_report(output: Output) -> str:
         Its path.
 
     Raises:
-        OutputError: the output is not finished.
+        OutputError: the output is not finished, or a run began to change it meanwhile.
     """
     quiet_pillow()
-    summary = output.summary()
-    if output.finished() is None:
+    summary, finished = output.summary(), output.finished()
+    if finished is None:
         raise OutputError(f"{output.name} is not a finished output: a run is adding to it, or was stopped at that")
     gathered = _Gathered()
     for batch in _batches(output):
         gathered.add(batch)
-    output.write(REPORT_FILE, _page(output, summary, gathered))
+    page = _page(output, summary, gathered)
+    if output.finished() != finished:
+        raise OutputError(f"{output.name} has changed while it was read; give the command again when no run goes on")
+    output.write(REPORT_FILE, page)
     output.drop_empty_run()
     return output.path(REPORT_FILE)
 

@@ -57,8 +57,8 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
     if request.dry_run:
         from batch.preview import preview
 
-        if request.mode == "append" and output.finished() is not None:
-            listing.known = _known_digests(output)
+        if request.mode == "append":
+            listing.known, _ = _known(output)
         preview(request, listing, say)
         return
     output.check_writable()
@@ -189,31 +189,35 @@ def _no_files(listing: Listing) -> SourceError:
 
 def _require_same(output: Output, old: Run, wanted: Run, what: str) -> None:
     if (difference := old.difference(wanted)) is not None:
+        replaced = "it and all that it was to be added to" if old.first_id else "it"
         raise OutputError(
             f"{output.name} holds {what} of another kind: {difference}; "
-            "give another output directory, or --overwrite to replace it"
+            f"give another output directory, or --overwrite to replace {replaced}"
         )
 
 
 def _append(output: Output, finished: Run, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run | None:
     _require_same(output, finished, replace(wanted, sources=finished.sources), "a finished run")
     output.clear_run()  # of a run that ended while it tidied up, or while it listed
-    listing.known = _known_digests(output)
+    listing.known, first_id = _known(output)
     sources = [*finished.sources, *(source for source in wanted.sources if source not in finished.sources)]
-    first_id = output.summary()["inputs"]
+    first_id = max(first_id, output.summary()["inputs"])  # even if files of the output were taken away
     run = _begin(output, replace(wanted, sources=sources, first_id=first_id), listing, say)
     if run is None:
         say(f"Nothing to add: all files in {', '.join(listing.sources)} are in the output.")
     return run
 
 
-def _known_digests(output: Output) -> set[bytes]:
+def _known(output: Output) -> tuple[set[bytes], int]:
+    """Digests of the names in the output, and the first number beyond those of its inputs."""
     known: set[bytes] = set()
+    first_id = 0
     for path in output.files():
         with output.filesystem.open_input_file(path) as file:
-            for batch in pq.ParquetFile(file).iter_batches(columns=["path"]):
-                known.update(digest(name) for name in batch.column(0).to_pylist())
-    return known
+            for batch in pq.ParquetFile(file).iter_batches(columns=["path", "id"]):
+                known.update(digest(name) for name in batch["path"].to_pylist())
+                first_id = max(first_id, 1 + max(batch["id"].to_pylist(), default=-1))
+    return known, first_id
 
 
 def _begin(output: Output, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run | None:

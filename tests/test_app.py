@@ -6,7 +6,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from agegender import FacePrediction, ImageResult, Item, Predictor, ServerError,
 from agegender.draw import cut_face
 from agegender.records import arrow_schema, arrow_table
 from batch.errors import OutputError
+from batch.output import Output, Run, now
+from batch.publish import describe
 
 pytest.importorskip("streamlit", reason="the app needs Python 3.11 or newer")
 
@@ -217,6 +219,14 @@ class TestTryIt:
         (tmp_path / "examples" / "photos").mkdir(parents=True)
         (tmp_path / "examples" / "photos" / "group.jpg").write_bytes(group_jpeg)
         assert len(ages(app.run())) == 2
+        (tmp_path / "examples" / "photos" / os.fsdecode(b"\xff.jpg")).write_bytes(group_jpeg)
+        (tmp_path / "examples" / "photos" / "a.jpg").symlink_to("/proc/self/mem")
+        app.run()
+        assert not app.exception
+        app.segmented_control(key="source").set_value("Upload").run()
+        app.segmented_control(key="source").set_value("Samples").run()  # the first is chosen
+        assert not app.exception
+        assert len(app.error) == 1
 
 
 class TestServer:
@@ -291,6 +301,23 @@ class TestResults:
             assert {metric.label: metric.value for metric in app.metric}["Images"] == "1"
         else:
             assert "holds no Parquet files" in shown(app.error)[0]
+
+    def test_a_run_that_finishes_or_is_added_to_under_the_page_is_told_of(
+        self, results_page: Callable[[Path], AppTest], out: Path
+    ) -> None:
+        def told(app: AppTest) -> str:
+            assert not app.exception
+            return " ".join([*texts(app.caption), *(str(table.value) for table in app.table)])
+
+        output = Output(str(out))
+        run = Run("0" * 8, now(), "1", {"name": "a*b", "version": "1", "sha256": "0" * 64}, {}, ["photos"], 4, 1)
+        figures = {"images_per_s": 12.0, "startup_s": 1.0, "slowest": [], "finished": now(), "run": asdict(run)}
+        app = results_page(out)
+        assert "No finished run" in told(app)
+        output.finish({**describe(output), **figures})
+        assert r"a\*b" in told(app.run())
+        output.reopen()
+        assert "No finished run" in told(app.run())
 
     def test_bin_width(self, results_page: Callable[[Path], AppTest], out: Path) -> None:
         app = results_page(out)

@@ -284,6 +284,15 @@ def test_reading_refuses_what_is_no_file(tmp_path: Path) -> None:
             read_bytes(str(path), max_bytes=100)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the system does not list open files")
+def test_what_is_no_file_is_not_kept_open(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        with pytest.raises(OSError, match="directory"):
+            read_bytes(str(tmp_path), max_bytes=100)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_reading_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     assert read_bytes(str(tmp_path / "a"), max_bytes=5) == b"12345"

@@ -23,6 +23,7 @@ from ray.data import DataContext
 
 import batch.engine
 import batch.job
+import batch.report
 from agegender import Predictor
 from batch.__main__ import main
 from batch.engine import quiet
@@ -249,6 +250,29 @@ def test_append_adds_what_is_new_and_nothing_twice(
     assert json.loads((Path(request_.out) / "_summary.json").read_text())["inputs"] == 51
 
 
+def test_append_gives_no_number_twice_when_files_of_the_output_are_gone(
+    request_: Request, engine: Engine, said: list[str], source: Path
+) -> None:
+    run_batch(request_, said.append)
+    for path in Path(request_.out).glob("*.parquet"):
+        path.unlink()
+    again = replace(request_, mode="append")
+    run_batch(again, said.append)
+    (source / "late.png").write_bytes(b"words")
+    run_batch(again, said.append)
+    table = pd.read_parquet(request_.out)
+    assert len(table) == table["path"].nunique() == table["id"].nunique() == 51
+
+
+def test_what_replacing_an_unfinished_append_would_cost_is_told(
+    request_: Request, engine: Engine, said: list[str], source: Path, tmp_path: Path
+) -> None:
+    run_batch(request_, said.append)
+    again = begin_to_append(request_, engine, said, source)
+    with pytest.raises(OutputError, match="to replace it and all that it was to be added to"):
+        run_batch(replace(again, sources=(str(tmp_path),)), said.append)
+
+
 def test_append_goes_on_with_no_run_but_its_own(request_: Request, engine: Engine, said: list[str]) -> None:
     engine.stop_after = 1
     with pytest.raises(JobError, match="the same command goes on"):
@@ -321,9 +345,12 @@ def test_results_that_have_lost_their_run_are_not_deleted_without_a_word(
     assert Output(request_.out).finished()
 
 
-def test_a_run_that_a_power_cut_left_in_pieces_begins_anew(request_: Request, engine: Engine, said: list[str]) -> None:
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"\xff"])
+def test_a_run_that_a_power_cut_left_in_pieces_begins_anew(
+    request_: Request, engine: Engine, said: list[str], content: bytes
+) -> None:
     interrupt(request_, engine, said, after=1)
-    (Path(request_.out) / "_run" / "run.json").write_text("")
+    (Path(request_.out) / "_run" / "run.json").write_bytes(content)
     run_batch(request_, said.append)
     assert len(pd.read_parquet(request_.out)) == 50
 
@@ -395,10 +422,10 @@ def test_a_disk_that_fills_up_beside_the_engine_is_told_like_one_inside(
         run_batch(request_, said.append)
 
 
-@pytest.mark.parametrize("text", ["{}", "{", '{"run": {}}'])
-def test_a_damaged_summary_is_told_of(request_: Request, engine: Engine, said: list[str], text: str) -> None:
+@pytest.mark.parametrize("content", [b"{}", b"{", b'{"run": {}}', b"[]", b"\xff\xfe"])
+def test_a_damaged_summary_is_told_of(request_: Request, engine: Engine, said: list[str], content: bytes) -> None:
     run_batch(request_, said.append)
-    (Path(request_.out) / "_summary.json").write_text(text)
+    (Path(request_.out) / "_summary.json").write_bytes(content)
     for call in (lambda: run_batch(request_, said.append), lambda: write_report(Output(request_.out))):
         with pytest.raises(OutputError, match=r"_summary\.json is damaged"):
             call()
@@ -578,6 +605,32 @@ def test_a_dry_run_of_an_append_counts_what_is_new(
     assert any(text.startswith("1 files in ") for text in said)
 
 
+def test_a_dry_run_of_an_unfinished_append_counts_what_is_new(
+    request_: Request, engine: Engine, said: list[str], source: Path
+) -> None:
+    run_batch(request_, said.append)
+    again = begin_to_append(request_, engine, said, source)
+    run_batch(replace(again, dry_run=True), said.append)
+    assert any(text.startswith("1 files in ") for text in said)
+
+
+def test_no_report_of_an_output_that_changed_meanwhile(
+    request_: Request, engine: Engine, said: list[str], source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_batch(request_, said.append)
+    page_of = batch.report._page
+
+    def page_and_append(*arguments: Any) -> str:
+        (source / "late.png").write_bytes(b"words")
+        run_batch(replace(request_, mode="append"), said.append)
+        return page_of(*arguments)
+
+    monkeypatch.setattr("batch.report._page", page_and_append)
+    with pytest.raises(OutputError, match="changed while it was read"):
+        write_report(Output(request_.out))
+    assert not (Path(request_.out) / "_report.html").exists()
+
+
 def test_no_report_of_an_output_that_is_being_added_to(
     request_: Request, engine: Engine, said: list[str], source: Path
 ) -> None:
@@ -654,6 +707,25 @@ def test_a_wrong_call_is_one_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out" / "_run").exists()
+
+
+def test_options_may_stand_between_the_sources_and_the_output(
+    source: Path, tmp_path: Path, model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert main([str(source), str(source / "01.png"), "--dry-run", "--model", str(model_path), out]) == 0
+    assert "1 listed twice" in capsys.readouterr().out
+
+
+def test_names_are_told_in_any_encoding(
+    source: Path, tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = source.rename(tmp_path / "\u65e5\u672c")
+    told = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(told, "latin-1"))
+    assert main([str(named), str(tmp_path / "out"), "--dry-run", "--model", str(model_path)]) == 0
+    sys.stdout.flush()
+    assert rb"\u65e5\u672c" in told.getvalue()
 
 
 def test_the_defaults_are_the_predictors() -> None:
@@ -790,6 +862,16 @@ def test_progress_in_a_log_is_few_plain_lines() -> None:
     assert "\r" not in stream.getvalue()
     assert "1000/1000" in lines[-1]
     assert "3 bad" in lines[-1]
+
+
+def test_progress_has_a_bar_in_any_encoding() -> None:
+    written = io.BytesIO()
+    stream = io.TextIOWrapper(written, "latin-1")
+    Progress(1000, stream=stream).show(500, 0)
+    progress = Progress(1000, stream=stream)
+    progress.show(1, 0)
+    progress.close(500, 0)
+    assert b"###" in written.getvalue()
 
 
 def test_what_the_engine_prints_goes_to_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
