@@ -14,10 +14,11 @@ from typing import Any, Final
 
 from agegender.errors import ModelLoadError
 
-__all__ = ["DEFAULT_MODEL", "FORMAT_VERSION", "SPEC_FILE", "ModelSpec", "read_artifact", "read_spec"]
+__all__ = ["DEFAULT_MODEL", "FORMAT_VERSION", "MAX_MARGIN", "SPEC_FILE", "ModelSpec", "read_artifact", "read_spec"]
 
 DEFAULT_MODEL: Final = Path("model_store/agegender.pt")
 FORMAT_VERSION: Final = 1
+MAX_MARGIN: Final = 10
 SPEC_FILE: Final = "spec.json"
 _SPEC_MEMBER: Final = f"extra/{SPEC_FILE}"
 
@@ -59,8 +60,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.chip_size_px, int) or self.chip_size_px < 1:
             raise ValueError(f"chip_size_px must be a whole number of pixels, not {self.chip_size_px!r}")
-        if not 0 <= self.chip_margin < 10:
-            raise ValueError(f"chip_margin must lie between 0 and 10, not {self.chip_margin!r}")
+        if not 0 <= self.chip_margin < MAX_MARGIN:
+            raise ValueError(f"chip_margin must lie between 0 and {MAX_MARGIN}, not {self.chip_margin!r}")
         if len(self.labels) != 2 or not all(isinstance(label, str) for label in self.labels):
             raise ValueError(f"labels must be two names, not {self.labels!r}")
         if not 0 < self.coverage < 1:

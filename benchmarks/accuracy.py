@@ -219,7 +219,7 @@ def _compare(test: Sequence[Sample], answers: dict[str, Answers], guess: Answers
 
 def _resamples(inside: npt.NDArray[np.bool_]) -> Floats:
     """(1 + B, N) weights: the pictures themselves, then their resamples."""
-    draws = resamples(int(inside.sum()))
+    draws = np.concatenate(list(resamples(int(inside.sum()))))
     weights = np.zeros((1 + len(draws), len(inside)))
     weights[0, inside] = 1
     weights[1:, inside] = draws

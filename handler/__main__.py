@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{build_stubs()}: put it on PYTHONPATH")
             return 0
         return _serve(options)
-    except ServingError as error:
+    except (ServingError, OSError, ValueError) as error:
         print(f"handler: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -261,7 +261,8 @@ def copy_settings(config: Path, directory: Path) -> Path:
     for standard, free in zip(("8080", "8081", "8082", "7070", "7071"), sockets, strict=True):
         text = re.sub(rf"(?<=[:=]){standard}$", str(free.getsockname()[1]), text, flags=re.MULTILINE)
         free.close()
-    text = text.replace("configurationFile=", f"configurationFile={config.resolve().parent}/")
+    here = config.resolve().parent.as_uri()  # as a URI, in which no space splits the arguments of Java
+    text = text.replace("configurationFile=", f"configurationFile={here}/")
     target = directory / config.name
     target.write_text(text)
     return target

@@ -58,9 +58,19 @@ from training.evaluate import EvaluateOptions
 from training.evaluate import run as evaluation
 from training.export import Artifact, check_exportable
 from training.face_resnet import FaceResNet, load_packaged_weights
-from training.loop import BEST, AugmentedChips, _validate, epoch_batches, load_weights, read_curve, train
+from training.loop import (
+    BEST,
+    AugmentedChips,
+    _validate,
+    epoch_batches,
+    initial_state,
+    load_weights,
+    read_curve,
+    save_whole,
+    train,
+)
 from training.loss import Targets, criterion, expected_age, label_targets
-from training.metrics import Scored, measure
+from training.metrics import Scored, measure, resamples
 from training.network import AGE_BINS, Logits, Network, create_network
 from training.normalization import normalized_convolutions, standardize
 from training.options import AgeLoss, TrainOptions
@@ -325,6 +335,11 @@ def test_packaged_lite0_weights_are_imagenets() -> None:
     assert (trained != random).all()
 
 
+def test_a_network_without_stochastic_depth() -> None:
+    network = create_network("ghostnet_050", pretrained=False, dropout=0.0, drop_path=0.1)
+    assert network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).age.shape == (1, AGE_BINS)
+
+
 def test_an_unknown_backbone_is_a_clear_error() -> None:
     with pytest.raises(ValueError, match="unknown backbone resnet19"):
         create_network("resnet19", pretrained=False, dropout=0.0, drop_path=0.0)
@@ -397,6 +412,37 @@ def test_equal_scores_count_half_in_the_auc(probs: list[float], auc: float, orde
     years, females = np.full(4, 30.0), np.array([0, 1, 0, 1])
     scored = Scored(years, females[::order], females, years, years, years, np.array(probs)[::order])
     assert measure(scored)["gender_auc"].value == auc
+
+
+def test_the_median_of_an_even_number_lies_between_the_middle_two() -> None:
+    years, ones = np.zeros(4), np.ones(4, np.int64)
+    scored = Scored(years, ones, ones, np.array([1.0, 9.0, 2.0, 5.0]), years, years, years)
+    assert measure(scored)["age_median_error_years"].value == 3.5
+
+
+def test_resamples_come_a_few_at_a_time_where_pictures_are_many() -> None:
+    assert next(resamples(10**6)).shape == (5, 10**6)
+    parts = list(resamples(20_000))
+    assert len(parts) == 4
+    drawn = np.concatenate(parts)
+    assert drawn.shape == (1000, 20_000)
+    assert (drawn.sum(axis=1) == 20_000).all()
+
+
+def test_every_number_of_steps_has_a_schedule(options: TrainOptions) -> None:
+    for steps in range(1, 41):
+        state = initial_state(nn.Linear(2, 2), steps, replace(options, epochs=1, batch_size=1))  # type: ignore[arg-type]
+        for _ in range(steps):
+            state.optimizer.step()
+            state.scheduler.step()
+        assert 0 < state.scheduler.get_last_lr()[0] < options.lr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no device that is always full")
+def test_a_full_disk_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / "last.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"last\.tmp cannot be written; is the disk full\?"):
+        save_whole({"weights": torch.zeros(100_000)}, tmp_path / "last.pt")
 
 
 def test_a_run_ends_in_an_artifact_that_predicts(options: TrainOptions, labelled_dir: Path) -> None:
@@ -514,9 +560,42 @@ def test_starting_over_leaves_nothing_of_the_earlier_run(
     monkeypatch.setattr("training.run.train", lambda *_: pytest.fail("killed in its first epoch"))
     with pytest.raises(pytest.fail.Exception):
         run(again)
-    for name in ("last.pt", BEST, "curve.csv", ARTIFACT):
+    for name in ("last.pt", BEST, "curve.csv", ARTIFACT, "metrics.json", "report.html"):
         assert not (options.out_dir / name).exists()
     assert json.loads((options.out_dir / "options.json").read_text())["lr"] == 1e-4
+
+
+def test_an_artifact_never_lies_beside_the_splits_of_another_run(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options.out_dir.mkdir()
+    for name in (ARTIFACT, "curve.csv", "metrics.json"):  # as a run without epochs leaves them, which cannot go on
+        (options.out_dir / name).touch()
+    monkeypatch.setattr("training.run.train", lambda *_: pytest.fail("killed in its first epoch"))
+    with pytest.raises(pytest.fail.Exception):
+        run(options)
+    assert {path.name for path in options.out_dir.iterdir()} >= {"options.json", "agegender.splits.csv"}
+    assert not list(options.out_dir.glob("agegender.pt")) + list(options.out_dir.glob("curve.csv"))
+
+
+def test_a_finished_run_that_is_exported_otherwise_is_checked_first(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(replace(options, epochs=1))
+    monkeypatch.setattr("training.export.Deployed", lambda *_, **__: pytest.fail("looks whether it can be exported"))
+    with pytest.raises(pytest.fail.Exception, match="looks whether"):
+        run(replace(options, epochs=1, precision="float32"))
+
+
+def test_weights_without_epochs_predict_what_they_were_trained_to(options: TrainOptions, tmp_path: Path) -> None:
+    options.out_dir.mkdir()
+    torch.save(_network().state_dict(), options.out_dir / BEST)
+    (options.out_dir / "options.json").write_text('{"age_loss": "l1"}')
+    splits_path(options.out_dir / ARTIFACT).touch()
+    exported = replace(options, epochs=0, checkpoint=(options.out_dir / BEST,), out_dir=tmp_path / "exported")
+    with pytest.raises(ValueError, match="was trained with --age-loss l1; give it here too"):
+        run(exported)
+    assert run(replace(exported, age_loss="l1")).exists()
 
 
 def test_advice_of_an_error_can_be_followed(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,7 +651,7 @@ def test_distillation_and_checkpoint_start_from_an_earlier_run(options: TrainOpt
         run(replace(student, out_dir=tmp_path / "other", teacher=(options.out_dir, tmp_path / "nothing")))
     described = options.out_dir / "options.json"
     described.write_text(described.read_text().replace(options.backbone, "resnet34"))
-    with pytest.raises(ValueError, match="holds no weights of resnet34"):
+    with pytest.raises(ValueError, match="holds weights of another backbone than resnet34"):
         run(replace(student, out_dir=tmp_path / "other", resume=False))
 
 
@@ -852,6 +931,7 @@ def test_several_networks_become_one_artifact(options: TrainOptions, tmp_path: P
     model = Model(path, device="cpu")
     assert model.spec.backbone == backbone
     assert path.stat().st_size < 25e6
+    assert str(tmp_path) not in model.spec.to_json()
     assert np.isfinite(model.predict(np.zeros((2, 96, 96, 3), np.uint8)).age).all()
     with pytest.raises(ValueError, match="one for each of efficientnet_lite0@64, face_resnet"):
         replace(options, backbone=backbone, checkpoint=tuple(parts * 2))
@@ -959,7 +1039,14 @@ def test_wrong_calls_end_in_one_line(arguments: list[str], message: str, tmp_pat
     [
         ({"threads": -1}, "threads must be above 0, not -1"),
         ({"max_samples": 0}, "max_samples must be above 0, not 0"),
-        ({"teacher": (Path("run"),), "out_dir": Path("run")}, "holds the run of a teacher"),
+        ({"max_per_gender": -1, "balanced_by_gender": True}, "max_per_gender must be above 0"),
+        ({"patience": 0}, "patience must be above 0"),
+        ({"seed": -1}, "seed must be 0 or above"),
+        ({"ema_decay": 1.5}, "ema_decay must lie between 0 and 1"),
+        ({"drop_path": 1.5}, "drop_path must lie between 0 and 1"),
+        ({"margin": -0.1}, "margin must lie between 0 and 10"),
+        ({"teacher": (Path("run"),), "out_dir": Path("run")}, "holds a teacher or checkpoint"),
+        ({"checkpoint": (Path("run/best.pt"),), "out_dir": Path("x/../run")}, "holds a teacher or checkpoint"),
         ({"teacher": (Path("run"),), "age_loss": "mse"}, "teacher goes with the age_loss distribution"),
     ],
 )
@@ -1026,9 +1113,11 @@ def test_evaluation_leaves_out_what_the_model_has_seen(options: TrainOptions, tm
     for picture in sorted(data.glob("*.jpg"))[:5]:
         with picture.open("ab") as file:
             file.write(b"\0")
+    picture.rename(data / os.fsdecode(b"30_1_0_caf\xe9.jpg"))
     evaluation(EvaluateOptions(data, path, tmp_path / "again", options.cache_dir, robustness_pictures=0))
     metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert re.fullmatch(r"\d pictures are new to the model, unless they are copies.*", metrics["warning"])
+    assert r"caf\udce9" in (tmp_path / "again" / "report.html").read_text()
 
 
 def _network() -> torch.nn.Module:
@@ -1066,12 +1155,31 @@ def test_two_workers_train_as_one_does(
 
 
 @pytest.mark.slow
+def test_an_interrupt_stops_all_workers(options: TrainOptions, repository: Path, tmp_path: Path) -> None:
+    call = [sys.executable, "-m", "training", "--data-dir", str(options.data_dir), "--cache-dir", "cache"]
+    call += ["--size", "96", "--epochs", "200", "--batch-size", "16", "--num-workers", "0", "--threads", "1"]
+    call += ["--val-frac", "0.2", "--test-frac", "0.2", "--workers", "2", "--out-dir", "run"]
+    environment = {**os.environ, "PYTHONPATH": str(repository), "HOME": str(tmp_path / "home")}
+    with subprocess.Popen(call, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(600):
+            if (tmp_path / "run" / "last.pt").exists() or process.poll() is not None:
+                break
+            time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == 130, told
+    assert "training: stopped; the same command goes on from the last checkpoint" in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.slow
 def test_a_failing_worker_is_a_clear_error(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     from training.distributed import train_on_workers
 
     faces = load_faces(options)
-    elsewhere = replace(options, workers=2, out_dir=options.data_dir / "portrait.jpg")  # where no folder can be
+    diverging = replace(options, workers=2, lr=1e9, epochs=1)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    with pytest.raises(ValueError, match=r"training on 2 workers failed: .*portrait") as caught:
-        train_on_workers(_network(), faces, label_targets(*_labels(faces.samples["train"])), elsewhere)
+    with pytest.raises(ValueError, match=r"training on 2 workers failed: .*diverged") as caught:
+        train_on_workers(_network(), faces, label_targets(*_labels(faces.samples["train"])), diverging)
     assert "\n" not in str(caught.value)

@@ -1,5 +1,6 @@
 """Name -> backbone with its published weights, as a branch that knows what these were trained with."""
 
+import functools
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,9 +78,15 @@ def _timm_backbone(name: str, pretrained: bool, drop_path: float) -> Any:
             f"unknown backbone {name}; take face_resnet, mobilenet_v1, efficientnet_lite0, resnet18, resnet34, "
             "resnet50 or another timm name"
         )
+    create = functools.partial(timm.create_model, name, pretrained=pretrained, num_classes=0)
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, drop_path_rate=drop_path)
+        try:
+            return create(drop_path_rate=drop_path)
+        except TypeError:  # a network without stochastic depth
+            return create()
     except Exception as error:  # the hub's client raises its own kinds
+        if not pretrained:
+            raise ValueError(f"{name} cannot be built: {type(error).__name__}: {error}") from error
         raise ValueError(
             f"the weights of {name} cannot be fetched ({type(error).__name__}); use --no-pretrained, or --backbone "
             "face_resnet or efficientnet_lite0, whose weights come with a package"

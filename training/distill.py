@@ -41,7 +41,9 @@ def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, dev
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"the teacher {run_dir} holds no weights of {options['backbone']} ({error})") from error
+        raise ValueError(
+            f"the teacher {run_dir} holds weights of another backbone than {options['backbone']}"
+        ) from error
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     cut, cache = load_chips(samples, options["size"], options.get("margin", 0.0), cache_dir, Rejected())
     if len(cut) != len(samples):

@@ -1,11 +1,12 @@
 """The same loop on several Ray Train workers: cores, GPUs or machines."""
 
 import os
+import signal
 from typing import Any
 
 import ray
 import torch
-from ray.train import ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device
 
 from training.dataset import Faces
@@ -28,15 +29,22 @@ def train_on_workers(network: Network, faces: Faces, targets: Targets, options: 
     """
     ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=True)
     config = {"network": network, "faces": faces, "targets": targets, "options": options}
+    handler = signal.getsignal(signal.SIGINT)
     try:
         on_gpus = _on_gpus(options)
         _require("GPU" if on_gpus else "CPU", options.workers)
         TorchTrainer(
-            _work, train_loop_config=config, scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=on_gpus)
+            _work,
+            train_loop_config=config,
+            scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=on_gpus),
+            run_config=RunConfig(storage_path=str(options.out_dir / "ray")),
         ).fit()
     except TrainingFailedError as error:
         raise ValueError(f"training on {options.workers} workers failed: {_reason(error)}") from error
+    except SystemExit as ended:  # which Ray Train's own handler makes of an interrupt
+        raise KeyboardInterrupt from ended
     finally:
+        signal.signal(signal.SIGINT, handler)  # Ray Train leaves its own behind
         ray.shutdown()
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import tyro
@@ -21,8 +21,10 @@ from training.metrics import Scored, measure_groups
 from training.report import Evaluation, write_report
 from training.robustness import robustness
 
-__all__ = ["EvaluateOptions", "evaluate", "predict_chips"]
+__all__ = ["METRICS", "REPORT", "EvaluateOptions", "evaluate", "predict_chips"]
 
+METRICS: Final = "metrics.json"
+REPORT: Final = "report.html"
 _BATCH = 64
 
 
@@ -44,6 +46,10 @@ class EvaluateOptions:
     """Pictures for each level of each corruption; 0 leaves robustness out."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        if self.robustness_pictures < 0:
+            raise ValueError(f"robustness_pictures must be 0 or above, not {self.robustness_pictures}")
 
 
 def run(options: EvaluateOptions) -> Path:
@@ -94,8 +100,8 @@ def evaluate(
     curves = robustness(model, spread(samples, robustness_pictures)) if robustness_pictures else {}
     result = Evaluation(model, list(samples), scored, groups, curves, list(curve), warning)
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / "metrics.json").write_text(json.dumps(_as_json(result), indent=1) + "\n")
-    report = write_report(result, out_dir / "report.html")
+    (out_dir / METRICS).write_text(json.dumps(_as_json(result), indent=1) + "\n")
+    report = write_report(result, out_dir / REPORT)
     _print_summary(result, report)
     return report
 

@@ -78,7 +78,8 @@ def check_exportable(network: Network, options: TrainOptions) -> None:
         with _hearing_out_torchscript():
             torch.jit.script(Artifact(deployed, Calibration((1.0,) * AGE_BINS, 1.0, options.mean)))
     except Exception as error:  # whatever the backbone's code raises at other sizes, or when it is traced or compiled
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        said = next((line for line in str(error).splitlines() if line.strip()), "").strip()
+        reason = f"{type(error).__name__}: {said}".rstrip(".: ")
         precision = ", --precision float32" if options.precision == "int8" else ""
         raise ValueError(
             f"{options.backbone} cannot be trained on chips of {sizes[0]} to {sizes[1]} pixels and exported in "

@@ -183,10 +183,11 @@ class TrainState:
 def initial_state(network: Network, samples: int, options: TrainOptions) -> TrainState:
     """The state before the first of the epochs over so many samples."""
     steps = max(1, samples // options.batch_size) * options.epochs
+    total = steps + 1
+    if total * _WARM_UP_SHARE == 1:  # of a warm-up of one step torch divides by zero
+        total += 1
     optimizer = torch.optim.AdamW(_parameter_groups(network, options.weight_decay), lr=options.lr, fused=True)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, total_steps=steps + 1, pct_start=_WARM_UP_SHARE
-    )
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=total, pct_start=_WARM_UP_SHARE)
     ema = AveragedModel(network, multi_avg_fn=_warmed_up_average(options.ema_decay), use_buffers=True)
     return TrainState(network, ema, optimizer, scheduler)
 
@@ -361,9 +362,16 @@ def _keep(state: TrainState, curve: list[EpochResult], out_dir: Path) -> None:
 
 
 def save_whole(value: object, path: Path) -> None:
-    """torch.save beside and a rename, so that a kill leaves the old file or the new one."""
+    """torch.save beside and a rename, so that a kill leaves the old file or the new one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     temporary = path.with_suffix(".tmp")
-    torch.save(value, temporary)
+    try:
+        torch.save(value, temporary)
+    except RuntimeError as error:  # whatever the system says, torch says only where in its own code it was
+        raise OSError(f"{temporary} cannot be written; is the disk full?") from error
     os.replace(temporary, path)
 
 

@@ -1,6 +1,6 @@
 """Predictions + labels -> figures with bootstrap intervals, overall and by group."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +17,7 @@ Floats = npt.NDArray[np.float64]
 AGE_BANDS: Final = ((0, 3), (4, 12), (13, 17), (18, 24), (25, 34), (35, 44), (45, 54), (55, 64), (65, 79), (80, 116))
 RACES: Final = ("White", "Black", "Asian", "Indian", "Others")  # UTKFace's race labels 0 to 4
 _RESAMPLES: Final = 1000
+_WEIGHTS_AT_ONCE: Final = 5_000_000  # 40 MB
 _ECE_BINS: Final = 10
 _WITHIN_YEARS: Final = 5
 _LEAST_PICTURES: Final = 20  # of a group, below which its figures say nothing
@@ -88,10 +89,10 @@ def _mean(values: npt.NDArray[np.generic], weights: Floats) -> Floats:
 
 
 def _median_error(scored: Scored, weights: Floats) -> Floats:
-    error = np.abs(scored.error)
-    order = error.argsort()
-    below = np.cumsum(weights[:, order], axis=1)
-    return error[order][(below >= below[:, -1:] / 2).argmax(axis=1)]
+    error = np.sort(np.abs(scored.error))
+    below = np.cumsum(weights[:, np.abs(scored.error).argsort()], axis=1)
+    half = below[:, -1:] / 2
+    return (error[(below >= half).argmax(axis=1)] + error[(below > half).argmax(axis=1)]) / 2
 
 
 def _auc(scored: Scored, weights: Floats) -> Floats:
@@ -138,9 +139,16 @@ METRICS: Final[Mapping[str, Metric]] = {
 }
 
 
-def resamples(count: int) -> Floats:
-    """(B, count) how often each of so many pictures is drawn, with replacement, in each resample of the bootstrap."""
-    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), _RESAMPLES).astype(float)
+def resamples(count: int) -> Iterator[Floats]:
+    """How often each of so many pictures is drawn, with replacement, in each of the bootstrap's 1,000 resamples.
+
+    Yields:
+        (B, count), for a few resamples at a time: all of them would fill the memory beside many pictures.
+    """
+    generator, shares = np.random.default_rng(0), np.full(count, 1 / count)
+    at_once = max(1, min(_RESAMPLES, _WEIGHTS_AT_ONCE // count))
+    for done in range(0, _RESAMPLES, at_once):
+        yield generator.multinomial(count, shares, min(at_once, _RESAMPLES - done)).astype(float)
 
 
 def measure(scored: Scored) -> dict[str, Figure]:
@@ -152,14 +160,14 @@ def measure(scored: Scored) -> dict[str, Figure]:
     if len(scored) == 0:
         raise ValueError("there are no pictures to measure")
     count = len(scored)
-    weights = resamples(count)
-    figures = {}
-    for name, metric in METRICS.items():
-        value = float(metric(scored, np.ones((1, count)))[0])
-        if not np.isnan(value):
-            low, high = np.nanquantile(metric(scored, weights), (0.025, 0.975))
-            figures[name] = Figure(value, float(low), float(high))
-    return figures
+    values = {name: float(metric(scored, np.ones((1, count)))[0]) for name, metric in METRICS.items()}
+    defined = [name for name, value in values.items() if not np.isnan(value)]
+    resampled: dict[str, list[Floats]] = {name: [] for name in defined}
+    for weights in resamples(count):
+        for name in defined:
+            resampled[name].append(METRICS[name](scored, weights))
+    ends = {name: np.nanquantile(np.concatenate(resampled[name]), (0.025, 0.975)) for name in defined}
+    return {name: Figure(values[name], float(low), float(high)) for name, (low, high) in ends.items()}
 
 
 def groups(scored: Scored) -> dict[str, npt.NDArray[np.bool_]]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from agegender.spec import MAX_MARGIN
 from training.branch import parse_backbones
 
 __all__ = ["AgeLoss", "Precision", "TrainOptions"]
@@ -116,10 +117,17 @@ class TrainOptions:
         backbones = parse_backbones(self.backbone)
         if self.checkpoint and len(self.checkpoint) not in (1, len(backbones)):
             raise ValueError(f"checkpoint takes one file, or one for each of {self.backbone.replace('+', ', ')}")
-        for name in ("batch_size", "lr", "size", "workers", "threads", "max_samples"):
+        for name in ("batch_size", "lr", "size", "workers", "threads", "max_samples", "max_per_gender", "patience"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be above 0, not {value}")
+        for name in ("dropout", "drop_path", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or above, not {self.seed}")
+        if not 0 <= self.margin < MAX_MARGIN:
+            raise ValueError(f"margin must lie between 0 and {MAX_MARGIN}, not {self.margin}")
         if self.size % 16:
             raise ValueError(f"size must be a multiple of 16, not {self.size}")
         if any(name == "face_resnet" and (size or self.size) < 96 for name, size in backbones):
@@ -132,8 +140,9 @@ class TrainOptions:
             raise ValueError("quantization_aware goes with the precision int8")
         if self.teacher and self.mean:
             raise ValueError("teacher goes with the age_loss distribution: the others learn no age from it")
-        if self.out_dir.absolute() in [run.absolute() for run in self.teacher]:
-            raise ValueError(f"out_dir {self.out_dir} holds the run of a teacher, which would be overwritten")
+        sources = (*self.teacher, *(path.parent for path in self.checkpoint))
+        if self.out_dir.resolve() in [run.resolve() for run in sources]:
+            raise ValueError(f"out_dir {self.out_dir} holds a teacher or checkpoint, which would be overwritten")
         if not 0 <= self.teacher_weight <= 1:
             raise ValueError(f"teacher_weight must lie between 0 and 1, not {self.teacher_weight}")
         if min(self.val_frac, self.test_frac) <= 0 or self.val_frac + self.test_frac >= 1:

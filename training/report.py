@@ -3,6 +3,7 @@
 import html
 import io
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,10 @@ def write_report(result: Evaluation, path: Path) -> Path:
         _worst(result),
     ]
     title = html.escape(f"{spec.name} {spec.version}: evaluation")
-    path.write_text(_PAGE.format(title=title, body="\n".join(parts)), encoding="utf-8")
+    temporary = path.with_suffix(".tmp")
+    page = _PAGE.format(title=title, body="\n".join(parts))
+    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files are any bytes
+    os.replace(temporary, path)
     return path
 
 
@@ -154,7 +158,12 @@ def _intervals(result: Evaluation, axes: "Sequence[Axes]") -> None:
         axis.set_ylabel(name.replace("_", " "))
         axis.tick_params(axis="x", rotation=45)
     axes[0].axhline(result.model.spec.coverage, color=_ROSE, linewidth=1)
-    axes[0].set_ylim(0.5, 1)
+    axes[0].set_ylim(_least([result.groups[band][1]["age_coverage"].low for band in bands]), 1)
+
+
+def _least(shares: Sequence[float]) -> float:
+    """Where an axis of shares begins: mostly at a half, below which differences are no longer small."""
+    return min([0.5, *shares])
 
 
 def _gender(result: Evaluation, axes: "Sequence[Axes]") -> None:
@@ -168,7 +177,7 @@ def _gender(result: Evaluation, axes: "Sequence[Axes]") -> None:
     axes[0].set(xlabel="stated probability", ylabel="share that is right")
     bands = [(name, scored.gender_right[mask].mean()) for name, mask in _bands(scored)]
     axes[1].bar(*zip(*bands, strict=True), color=_BLUE, alpha=0.8)
-    axes[1].set(xlabel="labelled age, years", ylabel="gender accuracy", ylim=(0.5, 1))
+    axes[1].set(xlabel="labelled age, years", ylabel="gender accuracy", ylim=(_least([share for _, share in bands]), 1))
     axes[1].tick_params(axis="x", rotation=45)
 
 

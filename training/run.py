@@ -25,7 +25,7 @@ from training.data import Rejected, spread
 from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
 from training.deploy import Deployed
 from training.distill import TAUGHT, taught
-from training.evaluate import evaluate, predict_chips
+from training.evaluate import METRICS, REPORT, evaluate, predict_chips
 from training.export import check_exportable, export
 from training.loop import (
     BEST,
@@ -50,6 +50,8 @@ __all__ = ["run"]
 _OPTIONS: Final = "options.json"
 _START_OVER: Final = "give another --out-dir, or --no-resume to start over"
 _STATISTICS: Final = 512  # chips that statistics of activations are estimated from
+
+_PATHS: Final = ("cache_dir", "checkpoint", "data_dir", "out_dir", "teacher", "weights")  # tell of this machine alone
 
 # Options that change where or how fast a run goes, or how its result is exported, but not the training.
 _FREE: Final = (
@@ -124,9 +126,11 @@ def _check_splits(faces: Faces, out_dir: Path) -> None:
 def _begin(options: TrainOptions, faces: Faces) -> None:
     """Records what the run trains on and how; what an earlier run left goes, unless this one goes on with it."""
     options.out_dir.mkdir(parents=True, exist_ok=True)
-    if not options.resume:
-        for name in (LAST, BEST, CURVE, TAUGHT, ARTIFACT):
+    if not _has_begun(options):
+        for name in (LAST, BEST, CURVE, ARTIFACT, METRICS, REPORT):
             (options.out_dir / name).unlink(missing_ok=True)
+    if not options.resume:
+        (options.out_dir / TAUGHT).unlink(missing_ok=True)
     _write_rejected(faces.rejected, options.out_dir / "rejected.csv")
     write_splits(faces, splits_path(options.out_dir / ARTIFACT))
     path = options.out_dir / _OPTIONS
@@ -165,8 +169,7 @@ def _initial_network(options: TrainOptions, faces: Faces) -> Network:
         drop_path=options.drop_path,
         weights=options.weights,
     )
-    if not _has_begun(options):
-        check_exportable(network, options)
+    check_exportable(network, options)
     state = _checkpoint_state(options)
     rounded = state is not None and is_rounded(state)
     if rounded and options.precision != "int8":
@@ -186,17 +189,30 @@ def _checkpoint_state(options: TrainOptions) -> dict[str, Any] | None:
     if not options.checkpoint:
         return None
     try:
+        if options.epochs == 0:
+            _check_age_loss(options)
         states = [load_weights(path) for path in options.checkpoint]
         return join(states) if len(states) > 1 else states[0]
     except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{_names(options.checkpoint)}: no weights of a training ({error})") from error
 
 
+def _check_age_loss(options: TrainOptions) -> None:
+    """Without an epoch, what is predicted must be what the checkpoint was trained to predict."""
+    for path in options.checkpoint:
+        told = path.parent / _OPTIONS
+        trained = json.loads(told.read_text()).get("age_loss") if told.exists() else options.age_loss
+        if trained != options.age_loss:
+            raise ValueError(f"{path} was trained with --age-loss {trained}; give it here too")
+
+
 def _load_state(network: Network, state: dict[str, Any], options: TrainOptions) -> None:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{_names(options.checkpoint)}: no weights of {options.backbone} ({error})") from error
+        raise ValueError(
+            f"{_names(options.checkpoint)}: weights of another backbone than {options.backbone}"
+        ) from error
 
 
 def _names(paths: tuple[Path, ...]) -> str:
@@ -251,7 +267,7 @@ def _spec(options: TrainOptions) -> ModelSpec:
         training_data=options.data_name or options.data_dir.resolve().name,
         licence=options.data_licence,
         commit=_commit(),
-        options={name: value for name, value in asdict(options).items() if not isinstance(value, Path)},
+        options={name: value for name, value in asdict(options).items() if name not in _PATHS},
     )
 
 
