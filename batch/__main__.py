@@ -164,7 +164,10 @@ def _parser() -> argparse.ArgumentParser:
         help="first delete what this program wrote to OUT",
     )
     how.add_argument(
-        "--max-bad", type=_max_bad, metavar="N|N%", help="stop when more inputs than this fail (default: never)"
+        "--max-bad",
+        type=_max_bad,
+        metavar="LIMIT",
+        help="stop when more inputs than this fail: a number, such as 20, or a share, such as 5%% (default: never)",
     )
     how.add_argument("--follow-links", action="store_true", help="enter links to directories, each directory once")
     how.add_argument("--dry-run", action="store_true", help="list and estimate, and write nothing")
