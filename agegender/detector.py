@@ -4,19 +4,22 @@ What surrounds the network is what OpenCV's FaceDetectorYN does, whose network t
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import cv2
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from agegender.errors import ModelLoadError
 from agegender.image import Pixels
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 __all__ = ["DECODE_SIDE_PX", "DEFAULT_MAX_FACES", "DEFAULT_MIN_SCORE", "Face", "FaceDetector", "detector_weights"]
 
@@ -166,7 +169,12 @@ class FaceDetector:
 
 
 @lru_cache(maxsize=1)  # of all detectors of a process, whatever their options
-def _network(weights: bytes, threads: int) -> ort.InferenceSession:
+def _network(weights: bytes, threads: int) -> "ort.InferenceSession":
+    # From version 1.29 on it tells its maker of each process, and marks this machine by a file in the home directory,
+    # unless this stands there before it is imported.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the cores have other work in between

@@ -58,6 +58,26 @@ def test_what_needs_no_network_waits_for_no_torch(module, repository):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_the_home_directory_stays_empty_and_no_library_calls_home(tmp_path, repository, grace_hopper_path):
+    """ONNX Runtime would put the number of this machine and what it wants to tell its maker there."""
+    code = (
+        "import sys, training.cache; from agegender import Predictor; "
+        "print(Predictor('model_store/agegender.pt').predict([open(sys.argv[1], 'rb').read()])[0].status)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CI" and not name.startswith("ORT_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(grace_hopper_path)],
+        cwd=repository,
+        env={**environment, "HOME": str(tmp_path), "XDG_CACHE_HOME": ""},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=True,
+    )
+    assert done.stdout == "ok\n"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_name_that_the_package_has_not():
     with pytest.raises(AttributeError, match="has no attribute 'Perdictor'"):
         agegender.Perdictor  # noqa: B018

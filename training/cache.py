@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
@@ -22,7 +23,6 @@ from typing import Final
 import cv2
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 import PIL
 from tqdm import tqdm
 
@@ -64,7 +64,7 @@ class ChipCache:
 
 def cutting_version(size_px: int, margin: float) -> str:
     """Sixteen hex digits that change whenever a chip could come out otherwise."""
-    libraries = f"{PIL.__version__} {cv2.__version__} {onnxruntime.__version__}"
+    libraries = f"{PIL.__version__} {cv2.__version__} {version('onnxruntime')}"
     state = hashlib.sha256(f"{size_px} {margin} {libraries}".encode())
     state.update(agegender.detector.detector_weights())
     for module in _CUTTERS:

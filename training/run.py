@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import secrets
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -88,6 +89,7 @@ def run(options: TrainOptions) -> Path:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if "RAY_ADDRESS" not in os.environ:
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray keeps one in the home directory
         from training.distributed import train_on_workers
 
         train_on_workers(network, faces, _targets(faces, options, device), options)
