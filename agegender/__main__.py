@@ -1,6 +1,7 @@
 """`python -m agegender PHOTO...`: a table for people, JSON for programs, annotated copies for the eye."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -28,6 +29,8 @@ _COLUMNS = "{:<32} {:>4} {:>8} {:>9}  {:<7} {:>5} {:>6}"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 when every photo was looked at, 1 when one was not, 2 for a wrong call."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does, it tells of names in any encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     quiet_pillow()
     keep_freed_memory()
     try:
@@ -81,7 +84,7 @@ def _predictor(options: argparse.Namespace) -> "Predictor | Client":
 
 
 def _run(predictor: "Predictor | Client", options: argparse.Namespace) -> int:
-    exit_code, drawn = 0, set[Path]()
+    exit_code, taken = 0, {Path(photo).resolve() for photo in options.photos}
     if not options.json:
         print(_COLUMNS.format("photo", "face", "age", "90% from", "gender", "prob", "score"))
     for path, result in _results(predictor, options.photos):
@@ -90,7 +93,7 @@ def _run(predictor: "Predictor | Client", options: argparse.Namespace) -> int:
             print(f"agegender: {_printable(path)}: {result.error}", file=sys.stderr)
         _show(result, as_json=options.json)
         if options.draw and result.faces:
-            target = _new_name(options.draw / f"{Path(path).stem}-faces.png", drawn)
+            target = _new_name(options.draw / f"{Path(path).stem}-faces.png", taken)
             exit_code = max(exit_code, _draw(Path(path), result, target))
     return exit_code
 
@@ -126,13 +129,13 @@ def _printable(path: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in path)
 
 
-def _new_name(target: Path, drawn: set[Path]) -> Path:
-    """Photos of the same name, from two directories, get copies of their own."""
+def _new_name(target: Path, taken: set[Path]) -> Path:
+    """Photos of the same name, from two directories, get copies of their own, and no copy takes a photo's place."""
     stem, number = target.stem, 1
-    while target in drawn:
+    while target.resolve() in taken:
         number += 1
         target = target.with_stem(f"{stem}-{number}")
-    drawn.add(target)
+    taken.add(target.resolve())
     return target
 
 

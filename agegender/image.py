@@ -4,7 +4,7 @@ import io
 import logging
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -54,6 +54,9 @@ _MAX_WIDTH: Final = (1 << 24) - 1
 # What a record holds; no header means more in earnest.
 _MAX_SIDE: Final = 2**31 - 1
 
+# Of a tile in a TIFF, where the image itself may hold fewer.
+_TILE_PIXELS: Final = 1 << 24
+
 _SIXTEEN_BIT_MODES: Final = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -88,8 +91,8 @@ class EncodedImage:
         """
         try:
             source, _ = _open(self._data)
-            if self.format == "JPEG" and (scans := _count_scans(self._data)) > _MAX_SCANS:
-                raise ImageDecodeError(f"JPEG image of {scans} scans, over the limit of {_MAX_SCANS}")
+            if self.format == "JPEG" and _count_scans(self._data) > _MAX_SCANS:
+                raise ImageDecodeError(f"JPEG image of more than {_MAX_SCANS} scans")
             if source.width > _MAX_WIDTH:
                 raise ImageDecodeError(f"{self.format} image of {source.width:,} pixels a row, over {_MAX_WIDTH:,}")
             if min_side_px is not None and self.format == "JPEG":
@@ -99,6 +102,8 @@ class EncodedImage:
         except (AgeGenderError, MemoryError):  # the latter is no fault of the image
             raise
         except Exception as error:  # Pillow's decoders raise a dozen kinds of error on damaged data
+            if _is_of_a_text(error):
+                return replace(self, _data=_without_texts(self._data)).decode(min_side_px=min_side_px)
             raise ImageDecodeError(f"damaged {self.format} image: {_reason(error)}") from error
 
 
@@ -122,6 +127,8 @@ def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Encoded
     turned = _UPRIGHT[orientation][0] % 2 == 1
     width, height = source.size[::-1] if turned else source.size
     _check_pixels(width, height, max_pixels)
+    if isinstance(source, TiffImagePlugin.TiffImageFile):
+        _check_tile(source, max_pixels)
     return EncodedImage(width, height, format_, data, orientation)
 
 
@@ -134,6 +141,13 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
             width=width,
             height=height,
         )
+
+
+def _check_tile(source: TiffImagePlugin.TiffImageFile, max_pixels: int) -> None:
+    """A tile is decoded whole, however little of it lies in the image."""
+    width, height = (source.tag_v2.get(tag) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH))
+    if isinstance(width, int) and isinstance(height, int):
+        _check_pixels(width, height, max(max_pixels, _TILE_PIXELS))
 
 
 def _webp_canvas(data: bytes) -> tuple[int, int] | None:
@@ -190,11 +204,28 @@ def _open(data: bytes) -> tuple[Image.Image, str]:
         except MemoryError:  # no fault of the image
             raise
         except Exception as error:  # see EncodedImage.decode
+            if _is_of_a_text(error):
+                return _open(_without_texts(data))
             raise ImageDecodeError(f"damaged {name} header: {_reason(error)}") from error
         if min(source.size) < 1:
             raise ImageDecodeError(f"damaged {name} header: it announces {source.size[0]}x{source.size[1]} pixels")
         return source, name
     raise NotAnImageError(f"not an image of a known format ({', '.join(FORMATS)}); it begins with {signature[:12]!r}")
+
+
+def _is_of_a_text(error: Exception) -> bool:
+    return "MAX_TEXT_CHUNK" in str(error)
+
+
+def _without_texts(data: bytes) -> bytes:
+    """A PNG without its profile and texts, which are not used, and of which Pillow unpacks none beyond 1 MB."""
+    kept, position = [data[:8]], 8
+    while position < len(data):
+        end = position + 12 + int.from_bytes(data[position : position + 4], "big")
+        if data[position + 4 : position + 8] not in (b"iCCP", b"iTXt", b"tEXt", b"zTXt"):
+            kept.append(data[position:end])
+        position = end
+    return b"".join(kept)
 
 
 def _orientation(source: Image.Image) -> int:
@@ -210,11 +241,11 @@ def _orientation(source: Image.Image) -> int:
 
 
 def _count_scans(data: bytes) -> int:
-    """Exact from `_MAX_SCANS` on; below, at least as many as there are, which is told in no time."""
+    """Exact up to one more than `_MAX_SCANS`, if as many could be; else at least as many as there are, in no time."""
     if (most := bytes(data).count(_START_OF_SCAN)) <= _MAX_SCANS:
         return most
     scans, position = 0, 2
-    while (marker := _JPEG_MARKER.search(data, position)) and marker[0] != _END_OF_IMAGE:
+    while scans <= _MAX_SCANS and (marker := _JPEG_MARKER.search(data, position)) and marker[0] != _END_OF_IMAGE:
         scans += marker[0] == _START_OF_SCAN
         position = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
     return scans

@@ -85,13 +85,15 @@ def _run(action: Callable[[argparse.Namespace], None], options: argparse.Namespa
 
 
 def _score(options: argparse.Namespace) -> None:
-    from batch.location import filesystem_of, is_remote, normalize
+    from batch.location import filesystem_of, is_pattern, is_remote, normalize
     from batch.run import run_batch
     from batch.samples import write_samples
 
     if options.samples and not options.dry_run:
         if is_remote(options.sources[0]):
             raise ValueError(f"the samples go into a directory of this machine, not to {options.sources[0]}")
+        if is_pattern(os.fsencode(options.sources[0])):
+            raise ValueError(f"the samples go into one directory, and {options.sources[0]} is a glob")
         write_samples(Path(filesystem_of(normalize(options.sources[0]))[1]))
     stream = sys.stdout  # while the engine runs, `sys.stdout` is for its libraries
     run_batch(_request(options), lambda text: print(text, file=stream, flush=True))
@@ -122,10 +124,13 @@ def _request(options: argparse.Namespace) -> Request:
         follow_links=options.follow_links,
         max_bad=options.max_bad,
         dry_run=options.dry_run,
-        resources=Resources(
-            options.address or os.environ.get("RAY_ADDRESS"), options.workers, options.gpus, options.device
-        ),
+        resources=Resources(_address(options.address), options.workers, options.gpus, options.device),
     )
+
+
+def _address(given: str | None) -> str | None:
+    address = given or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address  # Ray's word for a private one
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -96,7 +96,7 @@ def _check_answers(address: str) -> None:
 @contextlib.contextmanager
 def _scratch() -> Iterator[str]:
     """A directory for Ray's sockets and logs; those that killed runs have left go too."""
-    for old in glob.glob(os.path.join(tempfile.gettempdir(), f"{_SCRATCH}*")):
+    for old in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), f"{_SCRATCH}*")):
         with contextlib.suppress(OSError), _lock(old):
             shutil.rmtree(old, ignore_errors=True)
     with contextlib.ExitStack() as stack:

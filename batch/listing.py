@@ -6,7 +6,6 @@ digest of every name; see docs/batch.md for the figures.
 
 import codecs
 import functools
-import glob
 import hashlib
 import math
 import os
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from batch.errors import SourceError, first_line
-from batch.location import decode_path, encode_path, filesystem_of, is_remote, normalize
+from batch.location import decode_path, encode_path, filesystem_of, is_pattern, is_remote, normalize
 
 __all__ = ["MANIFEST_SCHEMA", "Input", "Listing", "block_size", "blocks_of", "shard_count"]
 
@@ -70,6 +69,7 @@ class Listing:
     follow_links: bool = False
     known: set[bytes] = field(default_factory=set)
     excluded: Counter[str] = field(default_factory=Counter)
+    _visited: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False)
 
     def check(self) -> None:
         """Looks whether each source is there, and will stay there.
@@ -90,9 +90,12 @@ class Listing:
                     "score a copy of it, or give another output directory"
                 )
             if source.endswith(".parquet") and (is_remote(source) or os.path.isfile(decode_path(source))):
-                next(_read_list(source), None)  # so that a list without paths is told of before anything is deleted
+                next(
+                    _read_list(source, Counter()), None
+                )  # so that a list without paths is told of before anything is deleted
 
     def __iter__(self) -> Iterator[Input]:
+        self._visited = set()
         may_repeat = len(self.sources) > 1 or bool(self.known) or any(map(_may_repeat, self.sources))
         for each in self._all():
             if not may_repeat:
@@ -126,7 +129,7 @@ class Listing:
         if os.path.isdir(path):
             yield from self._walk(path)
         elif _is_list(encode_path(path)) and os.path.isfile(path):
-            yield from _read_list(encode_path(path))
+            yield from _read_list(encode_path(path), self.excluded)
         else:
             yield Input(encode_path(path))
 
@@ -152,7 +155,7 @@ class Listing:
 
     def _walk(self, root: bytes) -> Iterator[Input]:
         """All files below a directory; hidden ones too."""
-        visited = set[tuple[int, int]]()
+        visited = self._visited if self.follow_links else set[tuple[int, int]]()
         if self.skip is not None and os.path.isdir(decode_path(self.skip)):
             visited.add(_identity(decode_path(self.skip)))
         folders, linked = [root], list[bytes]()
@@ -183,21 +186,20 @@ class Listing:
         filesystem, root = filesystem_of(source)
         scheme = source.partition("://")[0]
         if _is_list(source):
-            yield from _read_list(source)
+            yield from _read_list(source, self.excluded)
             return
         if filesystem.get_file_info(root).type is fs.FileType.File:
-            yield Input(source)
-            return
+            yield Input(source)  # beside which keys may begin with its name and a slash
         folders = [root]
         while folders:
             folder = folders.pop()
-            for info in filesystem.get_file_info(fs.FileSelector(folder)):
+            for info in filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
                 name = f"{scheme}://{info.path}"
                 if info.type is not fs.FileType.Directory:
                     yield Input(name)
                 elif name == self.skip:
                     self.excluded[_REACHED] += 1
-                elif info.path == folder:  # what pyarrow makes of two slashes in a row
+                elif info.path.rstrip("/") == folder.rstrip("/"):  # what pyarrow makes of two slashes in a row
                     yield Input(f"{name}//", "the directory cannot be listed: it has no name between two slashes")
                 else:
                     folders.append(info.path)
@@ -265,10 +267,13 @@ def _shard_table(shard: list[Input], block: int, next_id: int, first_id: int) ->
     return pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
 
 
-def _read_list(name: str) -> Iterator[Input]:
+def _read_list(name: str, excluded: Counter[str]) -> Iterator[Input]:
     try:
         with _open(name) as file:
-            yield from _read_parquet_list(file, name) if name.endswith(".parquet") else _read_text_list(file, name)
+            if name.endswith(".parquet"):
+                yield from _read_parquet_list(file, name, excluded)
+            else:
+                yield from _read_text_list(file, name)
     except (OSError, pa.ArrowException) as error:
         raise SourceError(f"the list {name} cannot be read: {first_line(error)}") from error
 
@@ -280,7 +285,7 @@ def _open(name: str) -> pa.NativeFile:
     return filesystem.open_input_file(path)
 
 
-def _read_parquet_list(file: pa.NativeFile, name: str) -> Iterator[Input]:
+def _read_parquet_list(file: pa.NativeFile, name: str, excluded: Counter[str]) -> Iterator[Input]:
     table = pq.ParquetFile(file)
     if table.schema_arrow.names.count("path") != 1:
         raise SourceError(f"the list {name} must have one column `path`; it has {', '.join(table.schema_arrow.names)}")
@@ -288,7 +293,13 @@ def _read_parquet_list(file: pa.NativeFile, name: str) -> Iterator[Input]:
     if not (_is_text(kind) or (pa.types.is_dictionary(kind) and _is_text(kind.value_type))):
         raise SourceError(f"the column `path` of the list {name} holds {kind}; it must hold text")
     for batch in table.iter_batches(columns=["path"]):
-        yield from (_listed(os.fsencode(value)) for value in batch.column(0).to_pylist() if value)
+        column = batch.column(0)
+        texts = column.dictionary_decode() if pa.types.is_dictionary(kind) else column
+        for value in texts.cast(pa.large_binary()).to_pylist():  # as bytes, which not every writer has made UTF-8
+            if value:
+                yield _listed(value)
+            else:
+                excluded["no path in a list"] += 1
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -297,6 +308,8 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _read_text_list(file: pa.NativeFile, name: str) -> Iterator[Input]:
     pending = file.read(len(codecs.BOM_UTF8)).removeprefix(codecs.BOM_UTF8)
+    if pending.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise SourceError(f"the list {name} is UTF-16; save it as UTF-8")
     while chunk := file.read(_LIST_BYTES):
         *lines, pending = (pending + chunk).split(b"\n")
         yield from _parse_lines(lines)
@@ -313,7 +326,10 @@ def _listed(name: bytes) -> Input:
     text = os.fsdecode(name)
     if is_remote(text) and not _is_utf8(name):
         return Input(name.decode("utf-8", "backslashreplace"), "the URI is not UTF-8")
-    return Input(normalize(text))
+    try:
+        return Input(normalize(text))
+    except ValueError as error:
+        return Input(text, str(error))
 
 
 def _is_utf8(name: bytes) -> bool:
@@ -345,7 +361,7 @@ def _is_list(source: str) -> bool:
 
 
 def _is_glob(source: str) -> bool:
-    return not is_remote(source) and glob.has_magic(source) and not os.path.lexists(decode_path(source))
+    return not is_remote(source) and is_pattern(decode_path(source))
 
 
 @functools.lru_cache(maxsize=1)  # of the output, asked for with each match of a glob

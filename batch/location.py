@@ -7,6 +7,7 @@ inputs share a name, and `decode_path` gives back the very bytes.
 
 import errno
 import functools
+import glob
 import io
 import os
 import stat
@@ -20,6 +21,7 @@ __all__ = [
     "decode_path",
     "encode_path",
     "filesystem_of",
+    "is_pattern",
     "is_remote",
     "normalize",
     "read_bytes",
@@ -52,7 +54,12 @@ def decode_path(text: str) -> bytes:
     """The local path behind a name or a `file://` URI."""
     if text.startswith(_FILE_SCHEME):
         return urllib.parse.unquote_to_bytes(text[len(_FILE_SCHEME) :])
-    return os.fsencode(text)
+    return text.encode("utf-8", "surrogateescape")
+
+
+def is_pattern(path: bytes) -> bool:
+    """Whether it is a glob, and no file's own name."""
+    return glob.has_magic(path) and not os.path.lexists(path)
 
 
 def is_remote(text: str) -> bool:
@@ -61,17 +68,25 @@ def is_remote(text: str) -> bool:
     return bool(separator) and scheme.isalnum() and scheme != "file"
 
 
-def normalize(text: str) -> str:
+def normalize(text: str, *, may_match: bool = False) -> str:
     """The name of what a user calls `text`: a URI as it is, a local path made absolute.
 
+    Args:
+        text: a path in the encoding of the locale, or a URI.
+        may_match: it may be a glob, below the present directory whatever characters the name of that has.
+
     Raises:
-        ValueError: it is empty, as a variable of the shell may be.
+        ValueError: it is empty, as a variable of the shell may be, or a URI that names no bucket.
     """
     if not text:
         raise ValueError("a source or the output has an empty name")
     if is_remote(text):
+        if not text.partition("://")[2].strip("/"):
+            raise ValueError(f"{text} names no bucket")
         return text.rstrip("/")
-    path = os.path.abspath(_without_parents(decode_path(text)))
+    path = _without_parents(decode_path(text) if text.startswith(_FILE_SCHEME) else os.fsencode(text))
+    here = os.getcwdb()
+    path = os.path.normpath(os.path.join(glob.escape(here) if may_match and is_pattern(path) else here, path))
     return encode_path(b"/" + path.lstrip(b"/"))  # POSIX leaves two slashes at the beginning as they are
 
 
@@ -101,7 +116,8 @@ def filesystem_of(name: str) -> tuple[fs.FileSystem, str]:
 def _object_store(scheme: str, bucket: str) -> fs.FileSystem:
     # A private endpoint has no region to look up, and the look-up would ask the public one.
     private = scheme == "s3" and "AWS_ENDPOINT_URL" in os.environ
-    region = f"?region={os.environ.get('AWS_REGION', 'us-east-1')}" if private else ""
+    known = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    region = f"?region={known}" if private else ""
     return fs.FileSystem.from_uri(f"{scheme}://{bucket}{region}")[0]
 
 

@@ -14,10 +14,12 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 from batch.errors import JobError, OutputError, first_line
@@ -149,6 +151,19 @@ class Output:
     def files(self) -> list[str]:
         """Paths of the final Parquet files."""
         return [info.path for info in self.list() if re.fullmatch(r"faces-.*\.parquet", info.base_name)]
+
+    def batches(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns of all final files, a few rows at a time.
+
+        Raises:
+            OutputError: a file is damaged.
+        """
+        for path in self.files():
+            try:
+                with self.filesystem.open_input_file(path) as file:
+                    yield from pq.ParquetFile(file).iter_batches(columns=columns)
+            except pa.ArrowException as error:
+                raise OutputError(f"{path} is damaged ({first_line(error)}); --overwrite starts anew") from error
 
     def list(self, folder: str | None = None) -> list[fs.FileInfo]:
         """Entries of this directory or another one on `filesystem`, sorted by path; empty if it is not there."""

@@ -1,6 +1,7 @@
 """Seeing a run: actors tell a tally what they have done, the driver shows it."""
 
 import heapq
+import os
 import sys
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ _SLOWEST: Final = 20
 # A file is given up when the process that worked on it has died this often with nothing else in hand.
 _FATAL_DEATHS: Final = 2
 
+_COLUMNS: Final = 100
 _STEADY_S: Final = 0.5
 _TERMINAL_EVERY_S: Final = 0.25
 _LOG_EVERY_S: Final = (4.0, 60.0)
@@ -155,11 +157,18 @@ class Progress:
             elapsed,
             unit="img",
             rate=(done - first) / elapsed if done > first and elapsed > _STEADY_S else None,
-            ncols=100 if self._terminal else 0,
+            ncols=self._columns() if self._terminal else 0,
             ascii=not ((self._stream or sys.stderr).encoding or "utf").lower().startswith("utf"),
             postfix=f"{bad} bad" if bad else "",
         )
         return str(text).strip()
+
+    def _columns(self) -> int:
+        """A line that is wrapped could not be renewed."""
+        try:
+            return min(_COLUMNS, os.get_terminal_size((self._stream or sys.stderr).fileno()).columns - 1)
+        except (OSError, ValueError):
+            return _COLUMNS
 
     def _line(self, text: str) -> None:
         self._write(f"\r{text}\x1b[K" if self._terminal else f"{text}\n")

@@ -164,8 +164,6 @@ def _sorted(tables: list[pa.Table]) -> pa.Table:
 def describe(output: Output) -> dict[str, Any]:
     """Counts over all final files."""
     counts = Counts()
-    for path in output.files():
-        with output.filesystem.open_input_file(path) as file:
-            for batch in pq.ParquetFile(file).iter_batches(columns=Counts.COLUMNS):
-                counts.add(pa.table(batch))
+    for batch in output.batches(Counts.COLUMNS):
+        counts.add(pa.table(batch))
     return counts.as_dict()

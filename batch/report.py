@@ -5,12 +5,10 @@ import heapq
 import html
 import io
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from agegender import AgeGenderError, decode_image
@@ -52,7 +50,7 @@ def write_report(output: Output) -> str:
     if finished is None:
         raise OutputError(f"{output.name} is not a finished output: a run is adding to it, or was stopped at that")
     gathered = _Gathered()
-    for batch in _batches(output):
+    for batch in output.batches(_COLUMNS):
         gathered.add(batch)
     page = _page(output, summary, gathered)
     if output.finished() != finished:
@@ -93,12 +91,6 @@ class _Gathered:
     @property
     def worst(self) -> list[dict[str, Any]]:
         return [row for _, _, row in self._worst]
-
-
-def _batches(output: Output) -> Iterator[pa.RecordBatch]:
-    for path in output.files():
-        with output.filesystem.open_input_file(path) as file:
-            yield from pq.ParquetFile(file).iter_batches(columns=_COLUMNS)
 
 
 def _page(output: Output, summary: dict[str, Any], gathered: _Gathered) -> str:

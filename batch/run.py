@@ -51,7 +51,8 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
     """
     started = time.monotonic()
     output = Output(normalize(request.out))
-    listing = Listing([normalize(source) for source in request.sources], output.name, request.follow_links)
+    sources = [normalize(source, may_match=True) for source in request.sources]
+    listing = Listing(sources, output.name, request.follow_links)
     listing.check()
     output.check_ours()
     if request.dry_run:
@@ -146,8 +147,6 @@ def _code_digest() -> str:
 def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say: Callable[[str], None]) -> Run | None:
     """The run to work on: the one that was interrupted, or a new one; None if nothing is left to do."""
     if (interrupted := output.run()) is not None:
-        if request.mode == "append" and not interrupted.first_id:
-            raise OutputError(f"{output.name} holds an unfinished run; finish it without --append first")
         _require_same(output, interrupted, wanted, "an unfinished run")
         output.reopen()
         say(f"Going on with the run of {interrupted.created} ({interrupted.inputs:,} files).")
@@ -212,11 +211,9 @@ def _known(output: Output) -> tuple[set[bytes], int]:
     """Digests of the names in the output, and the first number beyond those of its inputs."""
     known: set[bytes] = set()
     first_id = 0
-    for path in output.files():
-        with output.filesystem.open_input_file(path) as file:
-            for batch in pq.ParquetFile(file).iter_batches(columns=["path", "id"]):
-                known.update(digest(name) for name in batch["path"].to_pylist())
-                first_id = max(first_id, 1 + max(batch["id"].to_pylist(), default=-1))
+    for batch in output.batches(["path", "id"]):
+        known.update(digest(name) for name in batch["path"].to_pylist())
+        first_id = max(first_id, 1 + max(batch["id"].to_pylist(), default=-1))
     return known, first_id
 
 
@@ -321,12 +318,14 @@ class _Watch:
         return (self._first or started) - started
 
     def judge(self, statuses: Counter[str]) -> None:
-        if self._max_bad is not None and bad_count(statuses) > _allowed(self._max_bad, sum(statuses.values())):
+        if self._max_bad is not None and _exceeds(self._max_bad, bad_count(statuses), sum(statuses.values())):
             raise TooManyBadError(
                 f"stopped: {bad_text(statuses)}, more than --max-bad {self._max_bad} allows; "
                 f"{self._same_command} with a higher --max-bad goes on from here"
             )
 
 
-def _allowed(max_bad: str, done: int) -> float:
-    return float(max_bad[:-1]) / 100 * done if max_bad.endswith("%") else float(max_bad)
+def _exceeds(max_bad: str, bad: int, done: int) -> bool:
+    if max_bad.endswith("%"):
+        return bad * 100 > float(max_bad[:-1]) * done
+    return bad > int(max_bad)

@@ -3,6 +3,8 @@
 import codecs
 import contextlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -232,18 +234,88 @@ def test_a_source_that_may_not_be_looked_at_is_not_said_to_be_missing(
         Listing([str(folder)]).check()
 
 
-def test_two_slashes_in_a_key_lead_round_in_no_circle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """pyarrow gives the directory itself among its entries then."""
+def test_a_glob_is_no_pattern_of_the_directory_that_it_is_given_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("trip[12]/mine.jpg", "trip1/other.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"data")
+    monkeypatch.chdir(tmp_path / "trip[12]")
+    for pattern in ("*.jpg", "../trip[[]12]/*.jpg"):
+        assert list(Listing([normalize(pattern, may_match=True)])) == [Input(str(tmp_path / "trip[12]" / "mine.jpg"))]
+    assert normalize("new*") == str(tmp_path / "trip[12]" / "new*")
+
+
+def test_a_glob_in_a_directory_whose_name_is_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    (odd / "one.jpg").write_bytes(b"data")
+    monkeypatch.chdir(odd)
+    assert list(Listing([normalize("*.jpg", may_match=True)])) == [Input(encode_path(os.fsencode(odd / "one.jpg")))]
+
+
+def test_names_are_the_same_bytes_in_every_locale(repository: Path) -> None:
+    code = (
+        "from batch.location import decode_path, encode_path, normalize; import os; "
+        "paths = [b'/caf\\xc3\\xa9', b'/caf\\xe9', b'/plain']; "
+        "assert [decode_path(encode_path(path)) for path in paths] == paths; "
+        "assert [decode_path(normalize(os.fsdecode(path))) for path in paths] == paths"
+    )
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], cwd=repository, env={**os.environ, **locale}, check=True)
+
+
+def test_lists_with_holes_and_of_other_encodings(folder: Path) -> None:
+    table = folder / "list.parquet"
+    text = pa.array([b"/caf\xe9.jpg", None, b"", b"/b.jpg"], pa.binary())
+    for column in (text, pa.Array.from_buffers(pa.string(), 4, text.buffers())):
+        pq.write_table(pa.table({"path": column}), table)
+        listing = Listing([str(table)])
+        assert [each.path for each in listing] == ["file:///caf%E9.jpg", "/b.jpg"]
+        assert listing.excluded == {"no path in a list": 2}
+    pq.write_table(pa.table({"path": pa.array(["/a.jpg", None, "/a.jpg"]).dictionary_encode()}), table)
+    assert names(table) == ["/a.jpg"]
+    (folder / "list.txt").write_text("one.jpg\n", encoding="utf-16")
+    with pytest.raises(SourceError, match="is UTF-16; save it as UTF-8"):
+        names(folder / "list.txt")
+    (folder / "list.txt").write_text("s3://\n/a.jpg")
+    assert list(Listing([str(folder / "list.txt")])) == [Input("s3://", "s3:// names no bucket"), Input("/a.jpg")]
+
+
+def test_a_directory_is_entered_once_from_all_sources(folder: Path) -> None:
+    for name in ("L1", "L2"):
+        (folder.parent / name).mkdir()
+        (folder.parent / name / "x").symlink_to(folder / "b")
+    sources = folder.parent / "L1", folder.parent / "L2", folder
+    assert len(names(*sources, follow_links=True)) == 4
+
+
+def test_a_key_hides_none_that_begin_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Store:
+        def get_file_info(self, asked: Any) -> Any:
+            if isinstance(asked, str):
+                return fs.FileInfo(asked, fs.FileType.File)
+            return [fs.FileInfo("b/photos/1.jpg", fs.FileType.File)] if asked.base_dir == "b/photos" else []
+
+    monkeypatch.setattr("batch.listing.filesystem_of", lambda name: (Store(), name.removeprefix("s3://")))
+    assert names("s3://b/photos") == ["s3://b/photos", "s3://b/photos/1.jpg"]
+    assert names("s3://b/one.jpg") == ["s3://b/one.jpg"]
+
+
+@pytest.mark.parametrize("root", ["b", "b/in"])
+def test_two_slashes_in_a_key_lead_round_in_no_circle(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow gives the directory itself among its entries then, that of a bucket with a slash at its end."""
 
     class Store:
         def get_file_info(self, asked: Any) -> Any:
             if isinstance(asked, str):
                 return fs.FileInfo(asked, fs.FileType.Directory)
-            return [fs.FileInfo("b/in", fs.FileType.Directory), fs.FileInfo("b/in/1.jpg", fs.FileType.File)]
+            itself = root if "/" in root else f"{root}/"
+            return [fs.FileInfo(itself, fs.FileType.Directory), fs.FileInfo(f"{root}/1.jpg", fs.FileType.File)]
 
-    monkeypatch.setattr("batch.listing.filesystem_of", lambda _: (Store(), "b/in"))
-    slashes, file = Listing(["s3://b/in"])
-    assert (slashes.path, file.path) == ("s3://b/in//", "s3://b/in/1.jpg")
+    monkeypatch.setattr("batch.listing.filesystem_of", lambda _: (Store(), root))
+    slashes, file = Listing([f"s3://{root}"])
+    assert (slashes.path.rstrip("/"), file.path) == (f"s3://{root}", f"s3://{root}/1.jpg")
     assert slashes.error
 
 

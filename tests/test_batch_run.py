@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -34,7 +35,7 @@ from batch.progress import BlockReport, Progress, Tally, bad_count
 from batch.publish import committed_parts, publish
 from batch.report import write_report
 from batch.request import Request, Resources, ScoreOptions
-from batch.run import run_batch
+from batch.run import _exceeds, run_batch
 from batch.samples import write_samples
 from batch.scorer import BLOCK_SCHEMA, Scorer, score
 
@@ -273,12 +274,32 @@ def test_what_replacing_an_unfinished_append_would_cost_is_told(
         run_batch(replace(again, sources=(str(tmp_path),)), said.append)
 
 
-def test_append_goes_on_with_no_run_but_its_own(request_: Request, engine: Engine, said: list[str]) -> None:
+def test_an_append_to_nothing_goes_on_by_the_same_command(
+    request_: Request, engine: Engine, said: list[str], tmp_path: Path
+) -> None:
+    again = replace(request_, mode="append")
     engine.stop_after = 1
     with pytest.raises(JobError, match="the same command goes on"):
-        run_batch(request_, said.append)
-    with pytest.raises(OutputError, match="finish it without --append"):
-        run_batch(replace(request_, mode="append"), said.append)
+        run_batch(again, said.append)
+    with pytest.raises(OutputError, match="unfinished run of another kind: its inputs were"):
+        run_batch(replace(again, sources=(str(tmp_path),)), said.append)
+    engine.stop_after = None
+    run_batch(again, said.append)
+    assert len(pd.read_parquet(request_.out)) == 50
+
+
+def test_an_append_tells_which_file_of_the_output_is_damaged(
+    request_: Request, engine: Engine, said: list[str]
+) -> None:
+    run_batch(request_, said.append)
+    (damaged,) = Path(request_.out).glob("*.parquet")
+    damaged.write_bytes(b"PAR1")
+    for call in (
+        lambda: run_batch(replace(request_, mode="append"), said.append),
+        lambda: write_report(Output(request_.out)),
+    ):
+        with pytest.raises(OutputError, match=f"{damaged} is damaged"):
+            call()
 
 
 def test_append_tells_of_a_list_that_cannot_be_read(
@@ -521,6 +542,13 @@ def test_too_many_bad_inputs_end_the_run_until_more_are_allowed(
     run_batch(replace(request_, max_bad="10"), said.append)
     assert engine.calls == 1
     assert (Path(request_.out) / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "bad", "exceeded"), [("29%", 29, False), ("29%", 30, True), ("5", 5, False), ("5", 6, True)]
+)
+def test_what_a_limit_allows_is_exact(limit: str, bad: int, exceeded: bool) -> None:
+    assert _exceeds(limit, bad, 100) is exceeded
 
 
 def test_a_block_that_was_written_twice_counts_once_and_a_lost_one_is_missed(
@@ -872,6 +900,17 @@ def test_progress_has_a_bar_in_any_encoding() -> None:
     progress.show(1, 0)
     progress.close(500, 0)
     assert b"###" in written.getvalue()
+
+
+def test_progress_fits_into_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    stream.fileno = lambda: 0  # type: ignore[method-assign]
+    monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((60, 24)))
+    progress = Progress(1000, stream=stream)
+    progress.show(1, 0)
+    progress.close(500, 30)
+    assert all(len(line) < 60 for line in re.split(r"\r|\x1b\[K|\n", stream.getvalue()))
 
 
 def test_what_the_engine_prints_goes_to_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

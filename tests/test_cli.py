@@ -1,5 +1,6 @@
 """`python -m agegender` as people and programs call it: in a process of its own, by its output and exit code."""
 
+import io
 import json
 import os
 import shutil
@@ -212,6 +213,22 @@ def test_draw_leaves_the_photos_as_they_are(call, folder, astronaut):
     assert call("--draw", folder, folder / "astronaut.jpg", folder / "astronaut.png")[0] == 0
     assert {path: path.read_bytes() for path in before} == before
     assert len(list(folder.iterdir())) == len(before) + 2
+
+
+def test_draw_takes_no_photos_place(call, folder, grace_hopper):
+    (folder / "astronaut-faces.png").write_bytes(grace_hopper)
+    assert call("--draw", folder, folder / "astronaut.png", folder / "astronaut-faces.png")[0] == 0
+    assert (folder / "astronaut-faces.png").read_bytes() == grace_hopper
+    assert size_of(folder / "astronaut-faces-2.png") == (512, 512)
+
+
+def test_names_are_told_in_any_encoding(folder, model_path, monkeypatch):
+    told = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(told, "ascii"))
+    photo = (folder / "blank.png").rename(folder / "\u00e9.png")
+    assert main(["--model", str(model_path), str(photo)]) == 0
+    sys.stdout.flush()
+    assert b"\\xe9.png" in told.getvalue()
 
 
 def test_draw_keeps_photos_of_one_name_apart(call, folder, tmp_path_factory, grace_hopper):
