@@ -84,7 +84,7 @@ def _predictor(options: argparse.Namespace) -> "Predictor | Client":
 
 
 def _run(predictor: "Predictor | Client", options: argparse.Namespace) -> int:
-    exit_code, taken = 0, {Path(photo).resolve() for photo in options.photos}
+    exit_code, taken = 0, {os.path.realpath(photo) for photo in options.photos}
     if not options.json:
         print(_COLUMNS.format("photo", "face", "age", "90% from", "gender", "prob", "score"))
     for path, result in _results(predictor, options.photos):
@@ -129,13 +129,13 @@ def _printable(path: str) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in path)
 
 
-def _new_name(target: Path, taken: set[Path]) -> Path:
+def _new_name(target: Path, taken: set[str]) -> Path:
     """Photos of the same name, from two directories, get copies of their own, and no copy takes a photo's place."""
     stem, number = target.stem, 1
-    while target.resolve() in taken:
+    while os.path.realpath(target) in taken:
         number += 1
         target = target.with_stem(f"{stem}-{number}")
-    taken.add(target.resolve())
+    taken.add(os.path.realpath(target))
     return target
 
 

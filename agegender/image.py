@@ -54,6 +54,10 @@ _MAX_WIDTH: Final = (1 << 24) - 1
 # What a record holds; no header means more in earnest.
 _MAX_SIDE: Final = 2**31 - 1
 
+# Chunks of a PNG, from their length on.
+_PNG_ANY_TEXT: Final = re.compile(rb".{4}(iCCP|[itz][TE]Xt)", re.DOTALL)
+_PNG_TEXT: Final = re.compile(_PNG_ANY_TEXT.pattern + rb"(?!XML:com\.adobe\.xmp|Raw profile type exif)", re.DOTALL)
+
 # Of a tile in a TIFF, where the image itself may hold fewer.
 _TILE_PIXELS: Final = 1 << 24
 
@@ -102,8 +106,8 @@ class EncodedImage:
         except (AgeGenderError, MemoryError):  # the latter is no fault of the image
             raise
         except Exception as error:  # Pillow's decoders raise a dozen kinds of error on damaged data
-            if _is_of_a_text(error):
-                return replace(self, _data=_without_texts(self._data)).decode(min_side_px=min_side_px)
+            if (smaller := _without_texts(self._data, error)) is not None:
+                return replace(self, _data=smaller).decode(min_side_px=min_side_px)
             raise ImageDecodeError(f"damaged {self.format} image: {_reason(error)}") from error
 
 
@@ -204,8 +208,8 @@ def _open(data: bytes) -> tuple[Image.Image, str]:
         except MemoryError:  # no fault of the image
             raise
         except Exception as error:  # see EncodedImage.decode
-            if _is_of_a_text(error):
-                return _open(_without_texts(data))
+            if (smaller := _without_texts(data, error)) is not None:
+                return _open(smaller)
             raise ImageDecodeError(f"damaged {name} header: {_reason(error)}") from error
         if min(source.size) < 1:
             raise ImageDecodeError(f"damaged {name} header: it announces {source.size[0]}x{source.size[1]} pixels")
@@ -213,19 +217,23 @@ def _open(data: bytes) -> tuple[Image.Image, str]:
     raise NotAnImageError(f"not an image of a known format ({', '.join(FORMATS)}); it begins with {signature[:12]!r}")
 
 
-def _is_of_a_text(error: Exception) -> bool:
-    return "MAX_TEXT_CHUNK" in str(error)
+def _without_texts(data: bytes, error: Exception) -> bytes | None:
+    """A PNG without its profile and texts, of which Pillow unpacks none beyond 1 MB, or None if that is not the error.
 
-
-def _without_texts(data: bytes) -> bytes:
-    """A PNG without its profile and texts, which are not used, and of which Pillow unpacks none beyond 1 MB."""
-    kept, position = [data[:8]], 8
+    Those that may say which side is up stay, unless there are no others.
+    """
+    if "MAX_TEXT_" not in str(error):
+        return None
+    chunks, position = [data[:8]], 8
     while position < len(data):
         end = position + 12 + int.from_bytes(data[position : position + 4], "big")
-        if data[position + 4 : position + 8] not in (b"iCCP", b"iTXt", b"tEXt", b"zTXt"):
-            kept.append(data[position:end])
+        chunks.append(data[position:end])
         position = end
-    return b"".join(kept)
+    for dropped in (_PNG_TEXT, _PNG_ANY_TEXT):
+        smaller = b"".join(chunk for chunk in chunks if not dropped.match(chunk))
+        if len(smaller) < len(data):
+            return smaller
+    return None
 
 
 def _orientation(source: Image.Image) -> int:

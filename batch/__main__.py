@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code, see the epilog of --help."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     reporting = given[:1] == ["report"]
-    options = _report_parser().parse_args(given[1:]) if reporting else _parser().parse_intermixed_args(given)
+    options = _report_parser().parse_args(given[1:]) if reporting else _parse(given)
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does, it tells of names in any encoding
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -57,6 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print("\nbatch: " + "; ".join(["interrupted", *interrupt.args]), file=sys.stderr)
         return _INTERRUPTED
+
+
+def _parse(given: Sequence[str]) -> argparse.Namespace:
+    """Options may stand anywhere, unless a `--` says that none follow, which the parser for that would not see."""
+    parser = _parser()
+    return parser.parse_args(given) if "--" in given else parser.parse_intermixed_args(given)
 
 
 def _interrupt_once() -> Callable[..., None]:

@@ -90,9 +90,8 @@ class Listing:
                     "score a copy of it, or give another output directory"
                 )
             if source.endswith(".parquet") and (is_remote(source) or os.path.isfile(decode_path(source))):
-                next(
-                    _read_list(source, Counter()), None
-                )  # so that a list without paths is told of before anything is deleted
+                # So that a list without paths is told of before anything is deleted.
+                next(_read_list(source, Counter()), None)
 
     def __iter__(self) -> Iterator[Input]:
         self._visited = set()
@@ -159,7 +158,7 @@ class Listing:
         if self.skip is not None and os.path.isdir(decode_path(self.skip)):
             visited.add(_identity(decode_path(self.skip)))
         folders, linked = [root], list[bytes]()
-        while folders or linked:  # links last, so that a directory has its own name wherever it can be reached by it
+        while folders or linked:  # links last, so that in one source a directory has its own name
             folder = folders.pop() if folders else linked.pop()
             try:
                 if (identity := _identity(folder)) in visited:
@@ -188,12 +187,19 @@ class Listing:
         if _is_list(source):
             yield from _read_list(source, self.excluded)
             return
-        if filesystem.get_file_info(root).type is fs.FileType.File:
-            yield Input(source)  # beside which keys may begin with its name and a slash
+        is_key = filesystem.get_file_info(root).type is fs.FileType.File
+        if is_key:
+            yield Input(source)  # beside which others may begin with its name and a slash
         folders = [root]
         while folders:
             folder = folders.pop()
-            for info in filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
+            try:
+                entries = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+            except OSError:
+                if is_key:
+                    return  # who may read a key may not always list
+                raise
+            for info in entries:
                 name = f"{scheme}://{info.path}"
                 if info.type is not fs.FileType.Directory:
                     yield Input(name)
@@ -323,21 +329,13 @@ def _parse_lines(lines: Iterable[bytes]) -> Iterator[Input]:
 
 
 def _listed(name: bytes) -> Input:
-    text = os.fsdecode(name)
-    if is_remote(text) and not _is_utf8(name):
-        return Input(name.decode("utf-8", "backslashreplace"), "the URI is not UTF-8")
+    told = name.decode("utf-8", "backslashreplace")
+    if is_remote(told) and told.encode() != name:
+        return Input(told, "the URI is not UTF-8")
     try:
-        return Input(normalize(text))
+        return Input(normalize(told if is_remote(told) else os.fsdecode(name)))
     except ValueError as error:
-        return Input(text, str(error))
-
-
-def _is_utf8(name: bytes) -> bool:
-    try:
-        name.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+        return Input(told, str(error))
 
 
 def _exists(source: str) -> bool:

@@ -52,9 +52,12 @@ def encode_path(path: bytes) -> str:
 
 def decode_path(text: str) -> bytes:
     """The local path behind a name or a `file://` URI."""
-    if text.startswith(_FILE_SCHEME):
-        return urllib.parse.unquote_to_bytes(text[len(_FILE_SCHEME) :])
-    return text.encode("utf-8", "surrogateescape")
+    return _path_of(text.encode("utf-8", "surrogateescape"))
+
+
+def _path_of(name: bytes) -> bytes:
+    scheme = _FILE_SCHEME.encode()
+    return urllib.parse.unquote_to_bytes(name.removeprefix(scheme)) if name.startswith(scheme) else name
 
 
 def is_pattern(path: bytes) -> bool:
@@ -81,22 +84,26 @@ def normalize(text: str, *, may_match: bool = False) -> str:
     if not text:
         raise ValueError("a source or the output has an empty name")
     if is_remote(text):
-        if not text.partition("://")[2].strip("/"):
+        if not text.partition("://")[2].partition("/")[0]:
             raise ValueError(f"{text} names no bucket")
         return text.rstrip("/")
-    path = _without_parents(decode_path(text) if text.startswith(_FILE_SCHEME) else os.fsencode(text))
-    here = os.getcwdb()
-    path = os.path.normpath(os.path.join(glob.escape(here) if may_match and is_pattern(path) else here, path))
+    base, rest = _based(_path_of(os.fsencode(text)))
+    if may_match and not os.path.lexists(os.path.join(base, rest)):
+        base = glob.escape(base)
+    path = os.path.abspath(os.path.join(base, rest))
     return encode_path(b"/" + path.lstrip(b"/"))  # POSIX leaves two slashes at the beginning as they are
 
 
-def _without_parents(path: bytes) -> bytes:
-    """Resolves `..` as the system does: behind a link to a directory it is the parent of what the link leads to."""
+def _based(path: bytes) -> tuple[bytes, bytes]:
+    """The directory that a path counts from, and the rest of it.
+
+    Resolves `..` as the system does: behind a link to a directory it is the parent of what the link leads to.
+    """
     names = path.split(b"/")
     if b".." not in names or b"\0" in path:
-        return path
+        return (b"/" if path.startswith(b"/") else os.getcwdb()), path
     last = len(names) - names[::-1].index(b"..")
-    return os.path.join(os.path.realpath(b"/".join(names[:last])), *names[last:])
+    return os.path.realpath(b"/".join(names[:last])), b"/".join(names[last:])
 
 
 def filesystem_of(name: str) -> tuple[fs.FileSystem, str]:

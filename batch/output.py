@@ -156,14 +156,15 @@ class Output:
         """Some columns of all final files, a few rows at a time.
 
         Raises:
-            OutputError: a file is damaged.
+            OutputError: a file is damaged, or cannot be read.
         """
         for path in self.files():
             try:
                 with self.filesystem.open_input_file(path) as file:
                     yield from pq.ParquetFile(file).iter_batches(columns=columns)
-            except pa.ArrowException as error:
-                raise OutputError(f"{path} is damaged ({first_line(error)}); --overwrite starts anew") from error
+            except (OSError, pa.ArrowException) as error:
+                reason = f"{path} cannot be read: {first_line(error)}"
+                raise OutputError(f"{reason}; if it is damaged, --overwrite starts anew") from error
 
     def list(self, folder: str | None = None) -> list[fs.FileInfo]:
         """Entries of this directory or another one on `filesystem`, sorted by path; empty if it is not there."""

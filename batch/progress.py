@@ -166,7 +166,8 @@ class Progress:
     def _columns(self) -> int:
         """A line that is wrapped could not be renewed."""
         try:
-            return min(_COLUMNS, os.get_terminal_size((self._stream or sys.stderr).fileno()).columns - 1)
+            columns = os.get_terminal_size((self._stream or sys.stderr).fileno()).columns
+            return max(1, min(_COLUMNS, columns - 1)) if columns else _COLUMNS
         except (OSError, ValueError):
             return _COLUMNS
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from fractions import Fraction
 from importlib import import_module
 from importlib.metadata import version
 from importlib.resources import files
@@ -147,7 +148,8 @@ def _code_digest() -> str:
 def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say: Callable[[str], None]) -> Run | None:
     """The run to work on: the one that was interrupted, or a new one; None if nothing is left to do."""
     if (interrupted := output.run()) is not None:
-        _require_same(output, interrupted, wanted, "an unfinished run")
+        replaced = "it and all that it was to be added to" if interrupted.first_id else "it"
+        _require_same(output, interrupted, wanted, "an unfinished run", replaced)
         output.reopen()
         say(f"Going on with the run of {interrupted.created} ({interrupted.inputs:,} files).")
         return interrupted
@@ -186,9 +188,8 @@ def _no_files(listing: Listing) -> SourceError:
     return SourceError(f"found no files in {', '.join(listing.sources)}{reason}")
 
 
-def _require_same(output: Output, old: Run, wanted: Run, what: str) -> None:
+def _require_same(output: Output, old: Run, wanted: Run, what: str, replaced: str = "it") -> None:
     if (difference := old.difference(wanted)) is not None:
-        replaced = "it and all that it was to be added to" if old.first_id else "it"
         raise OutputError(
             f"{output.name} holds {what} of another kind: {difference}; "
             f"give another output directory, or --overwrite to replace {replaced}"
@@ -327,5 +328,5 @@ class _Watch:
 
 def _exceeds(max_bad: str, bad: int, done: int) -> bool:
     if max_bad.endswith("%"):
-        return bad * 100 > float(max_bad[:-1]) * done
+        return bad * 100 > Fraction(max_bad[:-1]) * done
     return bad > int(max_bad)

@@ -244,6 +244,10 @@ def test_a_glob_is_no_pattern_of_the_directory_that_it_is_given_in(
     for pattern in ("*.jpg", "../trip[[]12]/*.jpg"):
         assert list(Listing([normalize(pattern, may_match=True)])) == [Input(str(tmp_path / "trip[12]" / "mine.jpg"))]
     assert normalize("new*") == str(tmp_path / "trip[12]" / "new*")
+    assert not list(Listing([normalize("other.jpg", may_match=True)]))
+    (tmp_path / "trip[12]" / "in").mkdir()
+    monkeypatch.chdir("in")
+    assert list(Listing([normalize("../*.jpg", may_match=True)])) == [Input(str(tmp_path / "trip[12]" / "mine.jpg"))]
 
 
 def test_a_glob_in_a_directory_whose_name_is_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,6 +284,9 @@ def test_lists_with_holes_and_of_other_encodings(folder: Path) -> None:
         names(folder / "list.txt")
     (folder / "list.txt").write_text("s3://\n/a.jpg")
     assert list(Listing([str(folder / "list.txt")])) == [Input("s3://", "s3:// names no bucket"), Input("/a.jpg")]
+    (folder / "list.txt").write_bytes(b"s3:///caf\xc3\xa9\nfile:///caf\xe9.jpg")
+    (table,) = blocks_of(Listing([str(folder / "list.txt")]))
+    assert table["paths"].to_pylist() == [["file:///caf%E9.jpg", "s3:///caf\u00e9"]]
 
 
 def test_a_directory_is_entered_once_from_all_sources(folder: Path) -> None:
@@ -295,11 +302,14 @@ def test_a_key_hides_none_that_begin_with_its_name(monkeypatch: pytest.MonkeyPat
         def get_file_info(self, asked: Any) -> Any:
             if isinstance(asked, str):
                 return fs.FileInfo(asked, fs.FileType.File)
+            if asked.base_dir == "b/secret.jpg":
+                raise PermissionError("may not list")
             return [fs.FileInfo("b/photos/1.jpg", fs.FileType.File)] if asked.base_dir == "b/photos" else []
 
     monkeypatch.setattr("batch.listing.filesystem_of", lambda name: (Store(), name.removeprefix("s3://")))
     assert names("s3://b/photos") == ["s3://b/photos", "s3://b/photos/1.jpg"]
     assert names("s3://b/one.jpg") == ["s3://b/one.jpg"]
+    assert names("s3://b/secret.jpg") == ["s3://b/secret.jpg"]
 
 
 @pytest.mark.parametrize("root", ["b", "b/in"])

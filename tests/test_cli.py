@@ -215,6 +215,13 @@ def test_draw_leaves_the_photos_as_they_are(call, folder, astronaut):
     assert len(list(folder.iterdir())) == len(before) + 2
 
 
+def test_a_link_that_leads_to_itself_is_one_photo_that_cannot_be_read(call, folder):
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    code, out, err = call(folder / "loop.jpg", folder / "blank.png")
+    assert (code, len(out), len(err)) == (1, 2, 1)
+    assert "cannot be read" in err[0]
+
+
 def test_draw_takes_no_photos_place(call, folder, grace_hopper):
     (folder / "astronaut-faces.png").write_bytes(grace_hopper)
     assert call("--draw", folder, folder / "astronaut.png", folder / "astronaut-faces.png")[0] == 0

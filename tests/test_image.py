@@ -715,11 +715,23 @@ def test_many_damaged_files_raise_nothing_else(encode, capfd, seed):
 def test_a_png_with_a_large_profile_or_text_is_read(smooth, encode, after_pixels):
     """Of which Pillow unpacks 1 MB."""
     texts = PngInfo()
-    text = b"XML:com.adobe.xmp\0\0" + zlib.compress(b"x" * 1_500_000)
+    text = b"Comment\0\0" + zlib.compress(b"x" * 1_500_000)
     texts.add(b"zTXt", text, after_idat=after_pixels)
     profile = {} if after_pixels else {"icc_profile": b"\0" * 1_500_000}
     data = encode(smooth, "PNG", pnginfo=texts, **profile)
     assert np.array_equal(decode_image(data), smooth)
+    side_up = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="3"/></x:xmpmeta>'
+    texts.add_itxt("XML:com.adobe.xmp", side_up.decode())
+    data = encode(smooth, "PNG", pnginfo=texts, **profile)
+    assert np.array_equal(decode_image(data), smooth[::-1, ::-1])
+
+
+def test_a_png_with_nothing_but_too_large_texts_is_read(smooth, encode):
+    texts = PngInfo()
+    texts.add_itxt("XML:com.adobe.xmp", "x" * 1_500_000, zip=True)
+    for _ in range(70):
+        texts.add_text("Comment", "x" * 1_000_000, zip=True)
+    assert np.array_equal(decode_image(encode(smooth, "PNG", pnginfo=texts)), smooth)
 
 
 def test_a_tile_beyond_the_limit_is_refused_in_however_small_an_image():

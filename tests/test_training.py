@@ -1166,7 +1166,10 @@ def test_an_interrupt_stops_all_workers(options: TrainOptions, repository: Path,
                 break
             time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=120)
+        try:
+            _, told = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130, told
     assert "training: stopped; the same command goes on from the last checkpoint" in told
     assert "Traceback" not in told

@@ -89,9 +89,10 @@ def _mean(values: npt.NDArray[np.generic], weights: Floats) -> Floats:
 
 
 def _median_error(scored: Scored, weights: Floats) -> Floats:
-    error = np.sort(np.abs(scored.error))
-    below = np.cumsum(weights[:, np.abs(scored.error).argsort()], axis=1)
-    half = below[:, -1:] / 2
+    error = np.abs(scored.error)
+    order = error.argsort()
+    below = np.cumsum(weights[:, order], axis=1)
+    half, error = below[:, -1:] / 2, error[order]
     return (error[(below >= half).argmax(axis=1)] + error[(below > half).argmax(axis=1)]) / 2
 
 

@@ -87,6 +87,8 @@ def run(options: TrainOptions) -> Path:
     elif options.workers > 1:
         # Ray reads these when it is imported: nothing is sent anywhere, and nothing listens beyond this machine.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if os.environ.get("RAY_ADDRESS") == "local":  # Ray's word for a private one
+            del os.environ["RAY_ADDRESS"]
         if "RAY_ADDRESS" not in os.environ:
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray keeps one in the home directory
