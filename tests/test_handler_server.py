@@ -126,6 +126,26 @@ def test_an_interrupted_command_ends_without_a_traceback(stopped: Server, monkey
     assert main(["start", "--config", str(stopped.config)]) == 130
 
 
+def test_settings_that_cannot_be_read_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "config.properties"
+    for content in (b"# caf\xe9\n", b"inference_address=http://127.0.0.1:port\n"):
+        config.write_bytes(content)
+        assert main(["live", "--config", str(config)]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("handler: ")
+        assert told.count("\n") == 1
+
+
+def test_settings_of_a_server_of_its_own_hold_in_a_path_with_a_space(repository: Path, tmp_path: Path) -> None:
+    (tmp_path / "a b").mkdir()
+    config = tmp_path / "a b" / "config.properties"
+    config.write_bytes((repository / "config.properties").read_bytes())
+    text = copy_settings(config, tmp_path).read_text()
+    assert f"configurationFile={tmp_path.as_uri()}/a%20b/handler/log4j2.xml " in text
+
+
 def _heed_all() -> None:
     """The tests themselves may have been started with nohup."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
