@@ -158,7 +158,7 @@ class Progress:
             unit="img",
             rate=(done - first) / elapsed if done > first and elapsed > _STEADY_S else None,
             ncols=self._columns() if self._terminal else 0,
-            ascii=not ((self._stream or sys.stderr).encoding or "utf").lower().startswith("utf"),
+            ascii=not (self._out.encoding or "utf").lower().startswith("utf"),
             postfix=f"{bad} bad" if bad else "",
         )
         return str(text).strip()
@@ -166,7 +166,7 @@ class Progress:
     def _columns(self) -> int:
         """A line that is wrapped could not be renewed."""
         try:
-            columns = os.get_terminal_size((self._stream or sys.stderr).fileno()).columns
+            columns = os.get_terminal_size(self._out.fileno()).columns
             return max(1, min(_COLUMNS, columns - 1)) if columns else _COLUMNS
         except (OSError, ValueError):
             return _COLUMNS
@@ -175,6 +175,9 @@ class Progress:
         self._write(f"\r{text}\x1b[K" if self._terminal else f"{text}\n")
 
     def _write(self, text: str) -> None:
-        stream = self._stream or sys.stderr
-        stream.write(text)
-        stream.flush()
+        self._out.write(text)
+        self._out.flush()
+
+    @property
+    def _out(self) -> TextIO:
+        return self._stream or sys.stderr

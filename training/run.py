@@ -205,7 +205,7 @@ def _check_age_loss(options: TrainOptions) -> None:
     """Without an epoch, what is predicted must be what the checkpoint was trained to predict."""
     for path in options.checkpoint:
         told = path.parent / _OPTIONS
-        trained = json.loads(told.read_text()).get("age_loss") if told.exists() else options.age_loss
+        trained = json.loads(told.read_text()).get("age_loss", "distribution") if told.exists() else options.age_loss
         if trained != options.age_loss:
             raise ValueError(f"{path} was trained with --age-loss {trained}; give it here too")
 
