@@ -127,6 +127,19 @@ def test_a_whole_form_is_not_taken_for_one_that_lost_a_part(name: str) -> None:
     assert len(parse_request(dict.fromkeys(named_alike, b"x"), form(list(named_alike.items()))).items) == 64
 
 
+@pytest.mark.parametrize("value", [5, None, [1], {"data": "x" * 900}], ids=["number", "null", "list", "object"])
+def test_a_json_field_of_a_form_is_refused_as_such(value: Any) -> None:
+    with pytest.raises(RequestError, match="is JSON") as caught:
+        parse_request({"a": value, "b": b"2"}, form([("a", ("1.json", b"0" * 2000)), ("b", ("2.jpg", b"2"))]))
+    assert caught.value.status == 400
+
+
+def test_a_text_part_counts_by_its_bytes() -> None:
+    text = "é" * 900
+    request = parse_request({"a": text}, form([("a", ("a.txt", text.encode()))]))
+    assert request.items[0].data == text.encode()
+
+
 def test_the_faces_of_all_images_together_are_bounded() -> None:
     most = {"instances": [instance(b"1")] * 6, "parameters": {"max_faces": MAX_FACES}}
     assert len(parse_request(as_json(most), JSON).items) == 6
