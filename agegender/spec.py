@@ -14,7 +14,16 @@ from typing import Any, Final
 
 from agegender.errors import ModelLoadError
 
-__all__ = ["DEFAULT_MODEL", "FORMAT_VERSION", "MAX_MARGIN", "SPEC_FILE", "ModelSpec", "read_artifact", "read_spec"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "FORMAT_VERSION",
+    "MAX_MARGIN",
+    "SPEC_FILE",
+    "ModelSpec",
+    "interval_name",
+    "read_artifact",
+    "read_spec",
+]
 
 DEFAULT_MODEL: Final = Path("model_store/agegender.pt")
 FORMAT_VERSION: Final = 1
@@ -67,6 +76,10 @@ class ModelSpec:
         if not 0 < self.coverage < 1:
             raise ValueError(f"coverage must lie between 0 and 1, not {self.coverage!r}")
 
+    def identity(self, sha256: str) -> dict[str, Any]:
+        """What outputs and answers say of the model that they come from, whose bytes have this SHA-256."""
+        return {"name": self.name, "version": self.version, "sha256": sha256, "coverage": self.coverage}
+
     def to_json(self) -> str:
         """The text of `SPEC_FILE`."""
         return json.dumps(asdict(self), indent=1, default=str)
@@ -91,6 +104,11 @@ class ModelSpec:
             return cls(**{name: value for name, value in values.items() if name in known})
         except (ValueError, TypeError, AttributeError) as error:
             raise ModelLoadError(f"the model's {SPEC_FILE} is damaged: {error}") from error
+
+
+def interval_name(coverage: float | None) -> str:
+    """What people call an interval of this nominal coverage; None where it is not known."""
+    return "interval" if coverage is None else f"{100 * coverage:g}% interval"
 
 
 def read_artifact(path: str | Path) -> tuple[ModelSpec, bytes]:

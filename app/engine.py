@@ -29,6 +29,13 @@ class Engine:
     predictor: Predictor | Client
     name: str
 
+    @property
+    def coverage(self) -> float | None:
+        """Nominal coverage of the age intervals; None where a server has not told it."""
+        if isinstance(self.predictor, Predictor):
+            return self.predictor.model.spec.coverage
+        return self.predictor.about.get("coverage")
+
 
 def choose_engine(model: Path) -> Engine:
     """Widgets for the choice.

@@ -8,8 +8,8 @@ import streamlit as st
 from PIL import Image
 
 from agegender import AgeGenderError
-from agegender.draw import cut_face
-from agegender.image import read_header
+from agegender.draw import cut_recorded_face
+from agegender.result import Box
 from batch.location import decode_path, is_remote, read_bytes
 
 __all__ = ["FaceError", "cut_row"]
@@ -29,15 +29,18 @@ def cut_row(row: Mapping[str, Any]) -> Image.Image:
         row: fields of `agegender.records`.
 
     Raises:
-        FaceError: the row has no face, or its image is gone or can no longer be read.
+        FaceError: the row has no face, or its image is gone, has changed or can no longer be read.
     """
     if row["age"] is None:
         raise FaceError("no face")
     try:
-        return _cut(row["path"], (row["x1"], row["y1"], row["x2"], row["y2"]), _changed(row["path"]))
+        box = (row["x1"], row["y1"], row["x2"], row["y2"])
+        return _cut(row["path"], box, (row["width"], row["height"]), _changed(row["path"]))
     except FileNotFoundError as error:
         raise FaceError("the image is gone") from error
-    except (OSError, ValueError, AgeGenderError) as error:
+    except AgeGenderError as error:
+        raise FaceError(str(error)) from error
+    except (OSError, ValueError, ArithmeticError) as error:  # boxes of other programs may have no end
         raise FaceError(f"the image cannot be read: {error}") from error
     except MemoryError as error:
         raise FaceError("the image needs more memory than there is") from error
@@ -49,13 +52,6 @@ def _changed(path: str) -> int | None:
 
 
 @st.cache_data(max_entries=500, show_spinner=False, ttl=600)
-def _cut(path: str, box: tuple[float, float, float, float], changed: int | None) -> Image.Image:
-    """Decodes no more of a large JPEG than the face needs; `changed` is for the cache alone."""
-    header = read_header(read_bytes(path, max_bytes=_MAX_BYTES))
-    side = max(1.0, box[2] - box[0], box[3] - box[1])
-    longer = max(header.width, header.height)
-    pixels = header.decode(min_side_px=max(1, round(longer * min(1.0, _FACE_PX / side))))
-    x, y = pixels.shape[1] / header.width, pixels.shape[0] / header.height
-    face = cut_face(pixels, (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
-    face.thumbnail((_FACE_PX, _FACE_PX))
-    return face
+def _cut(path: str, box: Box, size: tuple[int, int], changed: int | None) -> Image.Image:
+    """`changed` is for the cache alone."""
+    return cut_recorded_face(read_bytes(path, max_bytes=_MAX_BYTES), box, size, side_px=_FACE_PX)

@@ -1,17 +1,26 @@
 """How text that is not ours is shown: errors as one sentence, names of files as they are."""
 
+import re
 from typing import Final
 
 import streamlit as st
 
-__all__ = ["plain", "sentence", "show_error"]
+__all__ = ["literal", "plain", "sentence", "show_error"]
 
+_JOINER: Final = "\u200d"  # of emoji that are made of several
 _MARKDOWN: Final = frozenset(r"\`*_{}[]<>()#+-.!|$:~&")
 
 
 def plain(text: str) -> str:
     """Text of elsewhere, which is no Markdown and may hold what cannot be printed."""
     return "".join(f"\\{each}" if each in _MARKDOWN else each for each in text if each.isprintable())
+
+
+def literal(name: str) -> str:
+    """A name of elsewhere as Markdown's code, which stays as it is: elsewhere Streamlit finds links, arrows and icons."""
+    shown = "".join(each for each in name if each.isprintable() or each == _JOINER)
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    return f"{fence} {shown} {fence}"
 
 
 def sentence(text: str) -> str:

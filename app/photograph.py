@@ -8,10 +8,12 @@ import streamlit as st
 from PIL import Image
 
 from agegender import FacePrediction, ImageResult, decode_image
+from agegender.detector import smallest_face_px
 from agegender.draw import annotate, cut_face
+from agegender.spec import interval_name
 from app.charts import age_data, age_scale
 from app.hints import hints_of, is_undecided, sharpness
-from app.messages import plain, sentence
+from app.messages import literal, plain, sentence
 
 __all__ = ["Portrait", "View", "show_card", "show_view"]
 
@@ -80,31 +82,32 @@ def _jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def show_view(view: View, *, key: str, least_probability: float) -> None:
+def show_view(view: View, *, key: str, least_probability: float, coverage: float | None) -> None:
     """The photograph and its cards.
 
     Args:
         view: what to show.
         key: tells its widgets from those of other views.
         least_probability: a gender below is called undecided.
+        coverage: nominal coverage of the age intervals, if it is known.
     """
     if view.photo is None:
         st.error(
-            f"**{plain(view.result.path)}**: {plain(sentence(view.result.error or ''))}", icon=":material/broken_image:"
+            f"{literal(view.result.path)}: {plain(sentence(view.result.error or ''))}", icon=":material/broken_image:"
         )
         return
-    st.subheader(plain(view.result.path), anchor=False)
+    st.subheader(literal(view.result.path), anchor=False)
     st.caption(_summary(view.result))
     if len(view.portraits) in (1, 2):
         with st.container(horizontal=True, gap="medium"):
             _show_photo(view)
             with st.container(width=360):
                 for portrait in view.portraits:
-                    show_card(portrait, least_probability)
+                    show_card(portrait, least_probability, coverage)
         return
     _show_photo(view)
     if view.portraits:
-        _show_cards(view.portraits, key, least_probability)
+        _show_cards(view.portraits, key, least_probability, coverage)
 
 
 def _show_photo(view: View) -> None:
@@ -115,34 +118,38 @@ def _show_photo(view: View) -> None:
 def _summary(result: ImageResult) -> str:
     size = f"{result.width} × {result.height} px"
     if not result.faces:
-        return f"{size} · no face found; faces from about 20 px are, if they look towards the camera"
+        least = smallest_face_px(result.width or 0, result.height or 0)
+        return (
+            f"{size} · no face found; in a picture of this size, faces from about {least} px are, if they look towards "
+            "the camera"
+        )
     return f"{size} · {len(result.faces)} {'face' if len(result.faces) == 1 else 'faces'}"
 
 
-def _show_cards(portraits: tuple[Portrait, ...], key: str, least_probability: float) -> None:
+def _show_cards(portraits: tuple[Portrait, ...], key: str, least_probability: float, coverage: float | None) -> None:
     shown = portraits
     if len(portraits) > _CARDS_AT_ONCE and not st.toggle(f"Cards of all {len(portraits)} faces", key=f"all-{key}"):
         shown = portraits[:_CARDS_AT_ONCE]
     with st.grid(min_column_width=_CARD_PX):
         for portrait in shown:
-            show_card(portrait, least_probability)
+            show_card(portrait, least_probability, coverage)
 
 
-def show_card(portrait: Portrait, least_probability: float) -> None:
+def show_card(portrait: Portrait, least_probability: float, coverage: float | None) -> None:
     """Face, age with its interval, gender with its probability, score, and what speaks against them."""
     face = portrait.face
     with st.container(border=True, gap="xsmall"):
         with st.container(horizontal=True, vertical_alignment="center"):
             st.image(portrait.picture, width=_FACE_PX, alt=f"face {face.index + 1}")
             with st.container(gap="xxsmall", width="stretch"):
-                st.markdown(f"### {face.age:.0f} years")
-                st.caption(f"between {face.age_low:.0f} and {face.age_high:.0f}")
+                st.subheader(f"{face.age:.0f} years", anchor=False)
+                st.caption(f"{interval_name(coverage)}: {face.age_low:.0f} to {face.age_high:.0f}")
         spoken = f"age {face.age:.0f}, from {face.age_low:.0f} to {face.age_high:.0f}"
         st.vega_lite_chart(age_data(face), age_scale(), alt=spoken)
         undecided = is_undecided(face, least_probability)
         gender = f"undecided: {face.gender}" if undecided else f"**{face.gender}**"
         st.progress(face.gender_probability, text=f"{gender} {face.gender_probability:.0%}")
         if face.score is not None:
-            st.caption(f"detector score {face.score:.2f}")
+            st.caption(f"face {face.index + 1}, detector score {face.score:.2f}")
         for hint in hints_of(face, portrait.sharpness):
             st.caption(f":orange[:material/warning: {hint}]")

@@ -8,12 +8,14 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import streamlit as st
 
+from agegender.spec import interval_name
 from app.charts import AGE_END_YEARS, bars, histogram
 from app.gallery import FaceError, cut_row
-from app.messages import plain, show_error
+from app.messages import literal, plain, show_error
 from app.scores import INTERVAL_WIDTH, SORTABLE, Rows, Scores, Selection, read_summary
 from app.try_page import to_csv
 from batch.errors import OutputError
@@ -33,16 +35,17 @@ _SORT_NAMES: Final = {
     "faces": "faces in the image",
     "path": "path",
 }
+_NUMBER: Final = "number"
 _COLUMNS: Final = {
     "file": st.column_config.TextColumn("file", width="medium"),
     "status": st.column_config.TextColumn("status", width="small"),
     "age": st.column_config.NumberColumn("age", format="%.1f", width="small"),
-    "age_low": st.column_config.NumberColumn("from", format="%.0f", width="small"),
-    "age_high": st.column_config.NumberColumn("to", format="%.0f", width="small"),
+    "age_low": st.column_config.NumberColumn("from", format="%.0f", width="small", help="Lower end of its interval"),
+    "age_high": st.column_config.NumberColumn("to", format="%.0f", width="small", help="Upper end of its interval"),
     "gender": st.column_config.TextColumn("gender", width="small"),
     "gender_probability": st.column_config.ProgressColumn("probability", format="%.2f", min_value=0, max_value=1),
     "score": st.column_config.NumberColumn("score", format="%.2f", width="small"),
-    "face": st.column_config.NumberColumn("face", width="small"),
+    _NUMBER: st.column_config.NumberColumn("face", width="small", help="The largest of an image is the first"),
     "faces": st.column_config.NumberColumn("of", width="small"),
     "width": st.column_config.NumberColumn("width", format="%d px", width="small"),
     "height": st.column_config.NumberColumn("height", format="%d px", width="small"),
@@ -74,10 +77,11 @@ def show(out: str) -> None:
     except (OutputError, OSError, ValueError) as error:
         show_error(error)
         return
+    summary = read_summary(name)
     with st.sidebar:
-        _describe_run(read_summary(name))
+        _describe_run(summary)
     _show_totals(scores)
-    _show_charts(scores)
+    _show_charts(scores, interval_name(summary["run"]["model"].get("coverage") if summary else None))
     st.subheader("Rows", anchor=False)
     _show_rows(name, fingerprint)
 
@@ -97,7 +101,7 @@ def _describe_run(summary: dict[str, Any]) -> None:
         {
             "Model": plain(f"{run['model']['name']} {run['model']['version']}"),
             "SHA-256": f"`{run['model']['sha256'][:12]}`",
-            "Finished": summary["finished"].replace("T", " ").rstrip("Z"),
+            "Finished": plain(summary["finished"].replace("T", " ").replace("Z", " UTC")),
             "Speed": f"{summary['images_per_s']:,.1f} images/s",
         },
         border="horizontal",
@@ -124,20 +128,24 @@ def _show_totals(scores: Scores) -> None:
             st.metric(label, "-" if figure is None else f"{figure:,.0f}", border=True)
 
 
-def _show_charts(scores: Scores) -> None:
+def _show_charts(scores: Scores, interval: str) -> None:
+    """Those that have something to show: Vega-Lite labels an axis of nothing with NaN."""
     with st.grid(2, min_column_width=_CHART_PX, border=True) as grid:
-        with grid.cell():
-            _show_ages(scores)
-        with grid.cell():
-            st.markdown("**Width of the age interval**")
-            edges = np.arange(0, AGE_END_YEARS + 4, 4)
-            st.altair_chart(histogram(_bins(scores.interval_widths, edges), title="width, years"))
-        with grid.cell():
-            st.markdown("**Outcome of each image**")
-            st.altair_chart(bars(_frame(scores.statuses), title="outcome", horizontal=True))
-        with grid.cell():
-            st.markdown("**Faces in each image**")
-            st.altair_chart(bars(_frame(_capped(scores.faces_per_image)), title="faces"))
+        if scores.faces:
+            with grid.cell():
+                _show_ages(scores)
+            with grid.cell():
+                st.markdown(f"**Width of the {interval} of age**")
+                edges = np.arange(0, AGE_END_YEARS + 4, 4)
+                st.altair_chart(histogram(_bins(scores.interval_widths, edges), title="width, years"))
+        if scores.statuses:
+            with grid.cell():
+                st.markdown("**Outcome of each image**")
+                st.altair_chart(bars(_frame(scores.statuses), title="outcome", horizontal=True))
+        if scores.faces_per_image:
+            with grid.cell():
+                st.markdown("**Faces in each image**")
+                st.altair_chart(bars(_frame(_capped(scores.faces_per_image)), title="faces"))
 
 
 def _show_ages(scores: Scores) -> None:
@@ -155,8 +163,7 @@ def _show_ages(scores: Scores) -> None:
         )
     edges = np.arange(0, AGE_END_YEARS + years, years)
     frames = [_bins(scores.ages(gender), edges).assign(gender=gender) for gender in scores.genders]
-    ages = pd.concat(frames) if frames else pd.DataFrame(columns=["start", "end", "count", "gender"])
-    st.altair_chart(histogram(ages, title="age, years", split="gender"))
+    st.altair_chart(histogram(pd.concat(frames), title="age, years", split="gender"))
 
 
 def _bins(values: "np.typing.NDArray[np.float32]", edges: "np.typing.NDArray[np.int64]") -> pd.DataFrame:
@@ -193,14 +200,15 @@ def _show_selected(scores: Scores, source: int) -> None:
     rows = hash((source, selection))
     numbers = scores.select(selection)
     if not len(numbers):
-        st.info("No row is like this; widen the filters.", icon=":material/filter_alt_off:")
+        said = "No row is like this; widen the filters." if len(scores) else "This output has no rows."
+        st.info(said, icon=":material/filter_alt_off:")
         return
     pages = -(-len(numbers) // _ROWS_PER_PAGE)
     page = st.pagination(pages, key=f"page-{rows}") if pages > 1 else 1
     shown = numbers[(page - 1) * _ROWS_PER_PAGE : page * _ROWS_PER_PAGE]
     table = scores.rows(shown)
     event = st.dataframe(
-        table.append_column("file", _file_names(table)),
+        table.append_column("file", _file_names(table)).append_column(_NUMBER, pc.add(table["face"], 1)),
         height=min(_TABLE_PX, 40 + 35 * len(shown)),
         hide_index=True,
         column_order=list(_COLUMNS),
@@ -217,7 +225,11 @@ def _show_selected(scores: Scores, source: int) -> None:
 
 def _file_names(table: pa.Table) -> pa.Array:
     """The ends of paths, whose beginnings mostly are the same."""
-    return pa.array([path.rpartition("/")[2] for path in table["path"].to_pylist()], pa.string())
+    return pa.array(map(_file_name, table["path"].to_pylist()), pa.string())
+
+
+def _file_name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _choose_selection(scores: Scores) -> Selection:
@@ -258,8 +270,8 @@ def _show_export(scores: Scores, numbers: Rows, *, chosen: bool, total: int) -> 
 
 
 def _download(kind: str, content: Callable[[], bytes | str], mime: str) -> None:
-    """A button that makes its file when it is pressed."""
-    st.download_button(kind, content, f"selection.{kind.lower()}", mime, on_click="ignore", icon=":material/download:")
+    """A button that makes its file when it is pressed; then the rows are drawn anew, and say what became of them."""
+    st.download_button(kind, content, f"selection.{kind.lower()}", mime, icon=":material/download:")
 
 
 def _to_parquet(table: pa.Table) -> bytes:
@@ -284,8 +296,10 @@ def _show_gallery(rows: Sequence[dict[str, Any]]) -> None:
                 missing.append(f"{row['path']}: {error}")
                 continue
             with st.container(gap="xxsmall"):
-                st.image(face, width="stretch", alt=f"face {row['face']} of {row['path']}")
-                st.caption(f"{plain(row['gender'])} {row['gender_probability']:.0%}, {row['age']:.0f} years")
+                st.image(face, width="stretch", alt=f"face {row['face'] + 1} of {row['path']}")
+                age = f"{row['age']:.0f} years ({row['age_low']:.0f} to {row['age_high']:.0f})"
+                st.caption(f"{plain(row['gender'])} {row['gender_probability']:.0%}, {age}")
+                st.caption(literal(_file_name(row["path"])))
     if missing:
         st.warning(
             f"{len(missing)} of {len(rows[:_GALLERY])} chosen rows cannot be shown:", icon=":material/hide_image:"

@@ -185,7 +185,7 @@ def _files(output: Output) -> list[Any]:
         files = [info for info in output.list("") if info.base_name.endswith(".parquet") and info.size]
     except (OSError, ValueError) as error:
         raise OutputError(f"{output.name} cannot be read: {error}") from error
-    if not files and output.run() is not None:
+    if not files and output.begun():
         raise OutputError(f"the run in {output.name} is not finished; its rows appear when it is")
     if not files:
         raise OutputError(f"{output.name} holds no Parquet files; give the directory that `make batch` wrote")
@@ -198,9 +198,13 @@ def _open(output: Output) -> ds.Dataset:
         dataset = ds.dataset(paths, format="parquet", filesystem=output.filesystem)
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(output, error) from error
-    missing = [name for name in arrow_schema().names if name not in dataset.schema.names]
-    if missing:
-        raise OutputError(f"{output.name} holds Parquet of something else: it has no column {missing[0]}")
+    for field in arrow_schema():
+        if field.name not in dataset.schema.names:
+            raise OutputError(f"{output.name} holds Parquet of something else: it has no column {field.name}")
+        if (kind := dataset.schema.field(field.name).type) != field.type:
+            raise OutputError(
+                f"{output.name} holds Parquet of something else: its column {field.name} is {kind}, not {field.type}"
+            )
     return dataset
 
 

@@ -21,7 +21,7 @@ __all__ = ["show"]
 _SAMPLES: Final = Path("examples/photos")
 _UPLOAD, _CAMERA, _SAMPLE = "Upload", "Camera", "Samples"
 _VIEWS_PER_PAGE: Final = 8
-_VIEWS: Final = "views"
+_FILES, _UPLOADS, _VIEWS = "files", "uploads", "views"
 
 
 def show(model: Path) -> None:
@@ -46,7 +46,7 @@ def show(model: Path) -> None:
         show_error(error)
         return
     if views:
-        _show_views(views, least_probability)
+        _show_views(views, least_probability, engine.coverage)
 
 
 def _choose_threshold(place: st.delta_generator.DeltaGenerator) -> float:
@@ -72,6 +72,7 @@ def _choose_items() -> list[Item]:
         required=True,
         label_visibility="collapsed",
         key="source",
+        persist_state="session",
     )
     if source == _SAMPLE:
         return _choose_samples()
@@ -81,9 +82,22 @@ def _choose_items() -> list[Item]:
     files = st.file_uploader(
         "JPEG, PNG, WebP, BMP, TIFF or GIF; kept in memory only, and sent to the server where one is chosen",
         accept_multiple_files=True,
-        key="files",
+        key=_FILES,
+        on_change=_take_uploads,
     )
-    return [Item(file.getvalue(), file.name) for file in files]
+    uploads: list[Item] = st.session_state.get(_UPLOADS, [])
+    if uploads and not files:
+        st.button(
+            f"Remove {len(uploads)} {'photograph' if len(uploads) == 1 else 'photographs'}",
+            icon=":material/delete:",
+            on_click=_take_uploads,
+        )
+    return uploads
+
+
+def _take_uploads() -> None:
+    """Keeps what was uploaded: the uploader itself forgets it when another page is shown."""
+    st.session_state[_UPLOADS] = [Item(file.getvalue(), file.name) for file in st.session_state[_FILES]]
 
 
 def _choose_samples() -> list[Item]:
@@ -129,13 +143,13 @@ def _key(item: Item, engine: Engine) -> str:
     return hashlib.sha256(f"{engine.name}\n{item.path}\n".encode() + item.data).hexdigest()
 
 
-def _show_views(views: Sequence[View], least_probability: float) -> None:
+def _show_views(views: Sequence[View], least_probability: float, coverage: float | None) -> None:
     _show_downloads(views)
     first = 0
     if len(views) > _VIEWS_PER_PAGE:
         first = (st.pagination(-(-len(views) // _VIEWS_PER_PAGE), key="views_page") - 1) * _VIEWS_PER_PAGE
     for number, view in enumerate(views[first : first + _VIEWS_PER_PAGE], first):
-        show_view(view, key=str(number), least_probability=least_probability)
+        show_view(view, key=str(number), least_probability=least_probability, coverage=coverage)
 
 
 def _show_downloads(views: Sequence[View]) -> None:

@@ -34,7 +34,17 @@ _SUCCESS: Final = "_SUCCESS"
 SUMMARY_FILE: Final = "_summary.json"
 REPORT_FILE: Final = "_report.html"
 _OURS: Final = re.compile(r"_run|_SUCCESS|_summary\.json|_report\.html|faces-[0-9a-f]{8}-\d{5}\.parquet")
-_SUMMARY: Final = ("inputs", "faces", "statuses", "genders", "ages", "images_per_s", "startup_s", "slowest", "finished")
+_SUMMARY: Final[dict[str, type | tuple[type, ...]]] = {
+    "inputs": int,
+    "faces": int,
+    "statuses": dict,
+    "genders": dict,
+    "ages": dict,
+    "images_per_s": (int, float),
+    "startup_s": (int, float),
+    "slowest": list,
+    "finished": str,
+}
 _LEASE: Final = re.compile(r"_writer-[0-9a-f]{16}")
 
 
@@ -46,7 +56,7 @@ class Run:
         id: eight hexadecimal digits.
         created: when it began, ISO 8601.
         version: of this package, with a digest of the code that shapes the outcomes.
-        model: name, version and SHA-256 of the model.
+        model: `ModelSpec.identity` of the model.
         options: everything else that the values depend on.
         sources: names of the sources.
         inputs: how many inputs the manifest holds.
@@ -59,7 +69,7 @@ class Run:
     id: str
     created: str
     version: str
-    model: dict[str, str]
+    model: dict[str, Any]
     options: dict[str, Any]
     sources: list[str]
     inputs: int
@@ -118,6 +128,10 @@ class Output:
         """Directory where final files are written before they appear."""
         return self.path(_RUN, "staging")
 
+    def begun(self) -> bool:
+        """Whether a run goes on or was stopped there, if only while it listed its inputs."""
+        return self.filesystem.get_file_info(self.path(_RUN)).type is fs.FileType.Directory
+
     def run(self) -> Run | None:
         """The run that can be resumed, if there is one."""
         try:
@@ -143,7 +157,9 @@ class Output:
                 raise OutputError(f"{self.name} is not a finished output: it has no {SUMMARY_FILE}")
             summary = dict(json.loads(text))
             _model_text(_run_from(summary["run"]).model)
-            _ = [summary[name] for name in _SUMMARY]
+            wrong = [name for name, kinds in _SUMMARY.items() if not isinstance(summary[name], kinds)]
+            if wrong:
+                raise TypeError(f"{wrong[0]} is of another type")
         except (ValueError, KeyError, TypeError) as error:
             raise OutputError(f"{self.name}: {SUMMARY_FILE} is damaged; --overwrite starts anew") from error
         return summary
@@ -346,5 +362,5 @@ def _delete(filesystem: fs.FileSystem, info: fs.FileInfo) -> None:
         filesystem.delete_file(info.path)
 
 
-def _model_text(model: dict[str, str]) -> str:
+def _model_text(model: dict[str, Any]) -> str:
     return f"{model['name']} {model['version']} ({model['sha256'][:8]})"

@@ -9,10 +9,10 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
-
-from agegender import AgeGenderError, decode_image
+from agegender import AgeGenderError
+from agegender.draw import cut_recorded_face
 from agegender.image import quiet_pillow
+from agegender.spec import interval_name
 from batch.errors import OutputError
 from batch.location import read_bytes
 from batch.output import REPORT_FILE, Output
@@ -24,15 +24,18 @@ _WORST: Final = 12
 _WIDTH_STEP_YEARS: Final = 5
 _THUMBNAIL_PX: Final = 96
 _MAX_THUMBNAIL_BYTES: Final = 50_000_000
-_COLUMNS: Final = ["path", "status", "error", "x1", "y1", "x2", "y2", "score", "age", "age_low", "age_high", "gender"]
+_BOX: Final = ["x1", "y1", "x2", "y2"]
+_PREDICTED: Final = ["score", "age", "age_low", "age_high", "gender"]
+_COLUMNS: Final = ["path", "status", "error", "width", "height", *_BOX, *_PREDICTED]
 
 _STYLE: Final = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
+:root { color-scheme: light dark }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 table { border-collapse: collapse; width: 100% }
-td { text-align: left; padding: .2rem .6rem .2rem 0; vertical-align: top }
+td, th { text-align: left; padding: .2rem .6rem .2rem 0; vertical-align: top } th { font-weight: normal; color: #888 }
 td.n { text-align: right; white-space: nowrap } .bar { background: #4a7db5; height: .8rem; min-width: 1px }
-td.p { word-break: break-all; font-size: .85rem } .dim { color: #777 } img { border-radius: 4px; display: block }
+td.p { word-break: break-all; font-size: .85rem } .dim { color: #888 } img { border-radius: 4px; display: block }
 """
 
 
@@ -96,6 +99,7 @@ class _Gathered:
 def _page(output: Output, summary: dict[str, Any], gathered: _Gathered) -> str:
     run = summary["run"]
     model = f"{run['model']['name']} {run['model']['version']} ({run['model']['sha256'][:12]})"
+    interval = interval_name(run["model"].get("coverage"))
     widths = {
         f"{step * _WIDTH_STEP_YEARS}-{(step + 1) * _WIDTH_STEP_YEARS}": count
         for step, count in sorted(gathered.widths.items())
@@ -108,11 +112,14 @@ def _page(output: Output, summary: dict[str, Any], gathered: _Gathered) -> str:
         _examples(gathered),
         _bars("Perceived age, years", {decade: count for decade, count in summary["ages"].items() if count}),
         _bars("Perceived gender", summary["genders"]),
-        _bars("Width of the age interval, years", widths),
+        _bars(f"Width of the {interval} of age, years", widths),
         _slowest(summary),
-        _worst_faces(gathered),
+        _worst_faces(gathered, interval),
     ]
-    head = f"<!doctype html><html lang=en><meta charset=utf-8><title>agegender</title><style>{_STYLE}</style>"
+    head = (
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+        f"<title>agegender</title><style>{_STYLE}</style>"
+    )
     return head + "\n".join(section for section in sections if section) + "</html>\n"
 
 
@@ -145,27 +152,27 @@ def _slowest(summary: dict[str, Any]) -> str:
     return f"<h2>Slowest files</h2><p class=dim>{note}</p><table>{rows}</table>" if rows else ""
 
 
-def _worst_faces(gathered: _Gathered) -> str:
+def _worst_faces(gathered: _Gathered, interval: str) -> str:
     rows = "".join(
-        f"<tr><td>{_thumbnail(row)}<td class=n>{row['score']:.2f}<td>{_text(row['gender'])}, {row['age']:.0f} "
-        f"({row['age_low']:.0f}-{row['age_high']:.0f})<td class=p>{_text(row['path'])}"
+        f"<tr><td>{_thumbnail(row)}<td class=n>{row['score']:.2f}<td>{_text(row['gender'])}<td class=n>{row['age']:.0f}"
+        f"<td class=n>{row['age_low']:.0f} to {row['age_high']:.0f}<td class=p>{_text(row['path'])}"
         for row in gathered.worst
     )
-    return f"<h2>Faces that the detector was least sure of</h2><table>{rows}</table>" if rows else ""
+    head = f"<tr><th>face<th>detector score<th>gender<th>age<th>{interval}<th>file"
+    return f"<h2>Faces that the detector was least sure of</h2><table>{head}{rows}</table>" if rows else ""
 
 
 def _thumbnail(row: dict[str, Any]) -> str:
-    """The face, if its image is still there."""
+    """The face, if its image is still there and as it was."""
+    x1, y1, x2, y2 = (row[name] for name in _BOX)
     try:
-        pixels = decode_image(read_bytes(row["path"], max_bytes=_MAX_THUMBNAIL_BYTES))
-    except (OSError, ValueError, MemoryError, AgeGenderError):
-        return ""
-    box = [int(row[name]) for name in ("x1", "y1", "x2", "y2")]
-    face = Image.fromarray(pixels).crop((box[0], box[1], max(box[2], box[0] + 1), max(box[3], box[1] + 1)))
-    face.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+        data = read_bytes(row["path"], max_bytes=_MAX_THUMBNAIL_BYTES)
+        face = cut_recorded_face(data, (x1, y1, x2, y2), (row["width"], row["height"]), side_px=_THUMBNAIL_PX)
+    except (OSError, ValueError, ArithmeticError, MemoryError, AgeGenderError):
+        return "not there any more"
     buffer = io.BytesIO()
     face.save(buffer, "JPEG", quality=80)
-    return f"<img alt='' src='data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
+    return f"<img alt='the face' src='data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"
 
 
 def _text(text: str) -> str:

@@ -120,7 +120,7 @@ def _identify(request: Request, listing: Listing) -> tuple[Run, bytes]:
         id=secrets.token_hex(4),
         created=now(),
         version=f"{version('agegender')}+{_code_digest()}",
-        model={"name": spec.name, "version": spec.version, "sha256": hashlib.sha256(model).hexdigest()},
+        model=spec.identity(hashlib.sha256(model).hexdigest()),
         options={**asdict(request.options), "follow_links": request.follow_links, "gpus": _gpus(request)},
         sources=list(listing.sources),
         inputs=0,

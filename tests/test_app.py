@@ -29,6 +29,7 @@ from streamlit.testing.v1 import AppTest
 
 from app.gallery import FaceError, cut_row
 from app.hints import SMALL_PX, hints_of, is_undecided, sharpness
+from app.messages import literal
 from app.scores import INTERVAL_WIDTH, Scores, Selection
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +96,7 @@ def shown(elements: Sequence[Any]) -> list[str]:
 
 def ages(app: AppTest) -> list[str]:
     """What the cards say, in order."""
-    return [text.removeprefix("### ") for text in texts(app.markdown) if text.startswith("### ")]
+    return [text for text in texts(app.subheader) if re.fullmatch(r"\d+ years", text)]
 
 
 class TestTryIt:
@@ -108,8 +109,8 @@ class TestTryIt:
         assert ages(app) == [f"{face.age:.0f} years" for face in faces]
         captions = texts(app.main.caption)
         for face in faces:
-            assert f"between {face.age_low:.0f} and {face.age_high:.0f}" in captions
-            assert f"detector score {face.score:.2f}" in captions
+            assert f"90% interval: {face.age_low:.0f} to {face.age_high:.0f}" in captions
+            assert f"face {face.index + 1}, detector score {face.score:.2f}" in captions
         assert len(app.get("progress")) == 2
         assert len(app.get("vega_lite_chart")) == 2
 
@@ -134,7 +135,7 @@ class TestTryIt:
     ) -> None:
         app = give(start(), ("bad[1]*.jpg", data), ("group.jpg", group_jpeg))
         (error,) = shown(app.error)
-        assert error.startswith("**bad[1]*.jpg**: ")
+        assert error.startswith("` bad[1]*.jpg `: ")
         assert says in error
         assert len(ages(app)) == 2
         assert not app.exception
@@ -286,7 +287,7 @@ class TestResults:
     ) -> None:
         """The rows are read anew with each filter; the page has been drawn by then."""
 
-        def change(_: Scores) -> None:
+        def change(_: Scores, interval: str) -> None:
             for file in out.glob("*.parquet"):
                 file.unlink()
             if rewritten:
@@ -323,6 +324,43 @@ class TestResults:
         app = results_page(out)
         app.segmented_control(key="bin_years").set_value(1).run()
         assert not app.exception
+
+    @pytest.mark.parametrize("started", ["listing", "scoring"])
+    def test_an_output_whose_run_has_just_begun(
+        self, results_page: Callable[[Path], AppTest], tmp_path: Path, started: str
+    ) -> None:
+        (tmp_path / "_run").mkdir()
+        if started == "scoring":
+            (tmp_path / "_run" / "run.json").write_text("{}")
+        assert "is not finished" in shown(results_page(tmp_path).error)[0]
+
+    @pytest.mark.parametrize(
+        "results",
+        [[], [ImageResult("a.jpg", "unreadable", "damaged")], [ImageResult("a.jpg", "no_face", None, 9, 9)]],
+        ids=["nothing", "failed", "no face"],
+    )
+    def test_charts_of_nothing_are_left_out(
+        self, results_page: Callable[[Path], AppTest], tmp_path: Path, results: list[ImageResult]
+    ) -> None:
+        pq.write_table(arrow_table(results), tmp_path / "a.parquet")
+        app = results_page(tmp_path)
+        assert not app.exception
+        titles = [text for text in texts(app.markdown) if text.startswith("**")]
+        looked_at = [result for result in results if not result.failed]
+        assert titles == ["**Outcome of each image**"] * len(results) + ["**Faces in each image**"] * len(looked_at)
+        assert ("This output has no rows." in texts(app.info)) == (not results)
+
+    def test_faces_are_counted_from_one(self, results_page: Callable[[Path], AppTest], out: Path) -> None:
+        table = results_page(out).dataframe[0].value
+        assert list(table["number"][table["faces"] > 0]) == [1, 2, 1]
+
+    def test_columns_of_another_type_are_told_of(self, results_page: Callable[[Path], AppTest], tmp_path: Path) -> None:
+        table = arrow_table([ImageResult("a.png", "ok", None, 200, 200, (FACE,))])
+        at = table.schema.get_field_index("age")
+        pq.write_table(table.set_column(at, "age", pa.array(["34"])), tmp_path / "a.parquet")
+        app = results_page(tmp_path)
+        assert not app.exception
+        assert "its column age is string, not float" in shown(app.error)[0]
 
     @pytest.mark.parametrize("name", ["nowhere", "empty", "foreign", "damaged", "file"])
     def test_what_is_no_output(self, results_page: Callable[[Path], AppTest], tmp_path: Path, name: str) -> None:
@@ -413,8 +451,28 @@ class TestGallery:
         with pytest.raises(FaceError, match="no face"):
             cut_row({**row, "age": None})
         (out / "changed.jpg").write_bytes(b"no image any more")
-        with pytest.raises(FaceError, match="cannot be read: not an image"):
+        with pytest.raises(FaceError, match="not an image"):
             cut_row({**row, "path": str(out / "changed.jpg")})
+        Image.new("RGB", (row["height"], row["width"])).save(out / "other.jpg")
+        with pytest.raises(FaceError, match="the image has changed since"):
+            cut_row({**row, "path": str(out / "other.jpg")})
+        with pytest.raises(FaceError, match="cannot be read"):
+            cut_row({**row, "x2": float("inf")})
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("name", "shown"),
+        [
+            ("www.example.com.jpg", "` www.example.com.jpg `"),
+            ("a`b``c.jpg", "``` a`b``c.jpg ```"),
+            ("line\nbreak.jpg", "` linebreak.jpg `"),
+            ("\U0001f468\u200d\U0001f467.jpg", "` \U0001f468\u200d\U0001f467.jpg `"),
+        ],
+        ids=["no link", "backticks", "line break", "joined emoji"],
+    )
+    def test_are_code(self, name: str, shown: str) -> None:
+        assert literal(name) == shown
 
 
 class TestHints:

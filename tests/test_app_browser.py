@@ -61,9 +61,9 @@ def assert_cards(page: "Page", result: ImageResult) -> None:
     main = page.get_by_test_id("stMain")
     for face in result.faces:
         main.get_by_role("heading", name=f"{face.age:.0f} years", exact=True).first.wait_for()
-        interval = f"between {face.age_low:.0f} and {face.age_high:.0f}"
+        interval = f"90% interval: {face.age_low:.0f} to {face.age_high:.0f}"
         gender = f"{face.gender} {face.gender_probability:.0%}"
-        for text in (interval, gender, f"detector score {face.score:.2f}"):
+        for text in (interval, gender, f"face {face.index + 1}, detector score {face.score:.2f}"):
             main.get_by_text(text).first.wait_for()
 
 
@@ -184,6 +184,43 @@ def test_the_same_numbers_from_a_server(
     enter(page, "Token", server.key("inference"))
     assert_cards(page, expected)
     assert alerts(page).count() == 0
+
+
+def test_uploads_outlive_a_look_at_the_other_page(
+    app: App, browser: "Browser", predictor: Predictor, group_jpeg: bytes, astronaut: bytes
+) -> None:
+    """Until they are removed, or others take their place."""
+    group, single = predictor.predict([group_jpeg, astronaut])
+    page = open_page(browser, app.address)
+    upload(page, ("www.example.com.jpg", group_jpeg))
+    assert_cards(page, group)
+    assert page.get_by_test_id("stMain").get_by_role("link").count() == 0
+    page.get_by_role("link", name="Batch results").click()
+    page.get_by_role("textbox", name="Output directory").wait_for()
+    page.get_by_role("link", name="Try it").click()
+    assert_cards(page, group)
+    upload(page, ("astronaut.png", astronaut))
+    assert_cards(page, single)
+    page.get_by_role("link", name="Batch results").click()
+    page.get_by_role("textbox", name="Output directory").wait_for()
+    page.get_by_role("link", name="Try it").click()
+    page.get_by_role("button", name="Remove 1 photograph").click()
+    settle(page)
+    assert images_of(page.get_by_test_id("stMain")) == []
+
+
+def test_a_download_of_rows_that_are_gone_is_told_of(
+    browser: "Browser", predictor: Predictor, group_jpeg: bytes, tmp_path: Path
+) -> None:
+    out = out_of(tmp_path / "out", predictor.predict([Item(group_jpeg, "group.jpg")]))
+    with running_app(tmp_path / "app.log") as app:  # of its own: Streamlit logs what has failed
+        page = open_page(browser, f"{app.address}/results")
+        page.get_by_role("textbox", name="Output directory").fill(str(out))
+        page.keyboard.press("Enter")
+        page.get_by_text("2 filtered of 2 rows").wait_for()
+        shutil.rmtree(out)
+        page.get_by_test_id("stMain").get_by_role("button", name="CSV", exact=True).click()
+        alerts(page).get_by_text("holds no Parquet files").wait_for()
 
 
 def enter(page: "Page", label: str, text: str) -> None:

@@ -686,10 +686,21 @@ def test_the_report_is_one_page_that_escapes_what_it_shows(
     assert "<script" not in page
     assert "http" not in page
     assert page.count("data:image/jpeg;base64,") == 2
-    for title in ("Status", "Perceived age", "Perceived gender", "Width of the age interval", "Slowest", "least sure"):
+    for title in ("Status", "Perceived age", "Perceived gender", "Width of the 90% interval", "Slowest", "least sure"):
         assert title in page
     run_batch(replace(request_, options=ScoreOptions()), said.append)
     assert "Nothing to do" in said[-1]
+
+
+def test_the_report_shows_no_face_of_another_picture(
+    request_: Request, engine: Engine, said: list[str], source: Path, group_jpeg: bytes
+) -> None:
+    (source / "group.jpg").write_bytes(group_jpeg)
+    run_batch(replace(request_, options=ScoreOptions()), said.append)
+    Image.new("RGB", (640, 480)).save(source / "group.jpg")
+    page = Path(write_report(Output(request_.out))).read_text()
+    assert "data:image" not in page
+    assert "not there any more" in page
 
 
 def read_pandas(out: str) -> tuple[int, int, float]:

@@ -1107,7 +1107,10 @@ def test_evaluation_leaves_out_what_the_model_has_seen(options: TrainOptions, tm
     tested = sum(side == "test" for side in read_splits(splits_path(path)).sides.values())
     assert metrics["groups"]["all"]["pictures"] == tested
     assert list(metrics["robustness"]["blur, sigma in px"]) == ["1", "2", "4", "6"]
-    assert "<svg" in (tmp_path / "evaluation" / "report.html").read_text()
+    page = (tmp_path / "evaluation" / "report.html").read_text()
+    assert "<svg" in page
+    assert "Of 3 pictures" in page
+    assert "nominally 90%" in page
     assert metrics["warning"] is None
     data = shutil.copytree(options.data_dir, tmp_path / "data")
     for picture in sorted(data.glob("*.jpg"))[:5]:

@@ -97,8 +97,9 @@ def evaluate(
     """Measures a model on pictures whose chips are cut, and writes metrics.json and report.html."""
     scored = Scored.of([sample.labels for sample in samples], predict_chips(model, samples, chips))
     groups = measure_groups(scored)
-    curves = robustness(model, spread(samples, robustness_pictures)) if robustness_pictures else {}
-    result = Evaluation(model, list(samples), scored, groups, curves, list(curve), warning)
+    worsened = spread(samples, robustness_pictures)
+    curves = robustness(model, worsened) if worsened else {}
+    result = Evaluation(model, list(samples), scored, groups, curves, len(worsened), list(curve), warning)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / METRICS).write_text(json.dumps(_as_json(result), indent=1) + "\n")
     report = write_report(result, out_dir / REPORT)

@@ -37,14 +37,23 @@ _PAGE: Final = """<!doctype html>
  table {{ border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums }}
  td, th {{ padding: .2rem .6rem; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap }}
  td:first-child, th:first-child {{ text-align: left }}
- figure {{ margin: 1rem 0 }} svg {{ max-width: 100%; height: auto; background: white }}
+ figure {{ margin: 1rem 0; overflow-x: auto }} svg {{ max-width: 100%; height: auto; background: white }}
+ @media (max-width: 48rem) {{ svg {{ max-width: none; width: 48rem }} }}
  .faces {{ display: flex; flex-wrap: wrap; gap: .8rem }} .faces figure {{ width: 7.5rem; margin: 0; font-size: 12px }}
- .faces img {{ width: 100%; border-radius: 4px }} small {{ color: #888 }} .note {{ background: #fa03; padding: .6rem }}
+ .faces img {{ width: 100%; border-radius: 4px }} .note {{ background: #fa03; padding: .6rem }}
+ small {{ color: #888; overflow-wrap: anywhere }}
 </style>
 <h1>{title}</h1>
 {body}
 </html>
 """
+
+
+_MEANINGS: Final = """<p>Bias: predicted minus labelled age. Within 5 years: share of the pictures whose error is no larger
+(cumulative score). Coverage: share of the age intervals that hold the labelled age, nominally {coverage:.0%}. Calibration
+error: how far the stated probabilities of gender are from the shares that are right (expected calibration error); it is
+never below 0, so that its interval lies too high. Challenge 25: share of those labelled 13 to 17 who are told to be 25 or
+older.</p>"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +65,7 @@ class Evaluation:
     scored: Scored
     groups: dict[str, tuple[int, dict[str, Figure]]]
     robustness: dict[str, Curve]
+    robustness_pictures: int
     curve: list[EpochResult]
     warning: str | None
 
@@ -70,13 +80,14 @@ def write_report(result: Evaluation, path: Path) -> Path:
         f'<p class="note">{html.escape(result.warning)}</p>' if result.warning else "",
         "<h2>Figures</h2>",
         _overall(result),
+        _MEANINGS.format(coverage=spec.coverage),
         _learning_curves(result.curve) if result.curve else "",
         "<h2>Age</h2>",
         _svg(2, lambda axes: _age(result.scored, axes)),
         _svg(2, lambda axes: _intervals(result, axes)),
         "<h2>Gender</h2>",
         _svg(2, lambda axes: _gender(result, axes)),
-        "<h2>Robustness</h2>" + _robustness(result.robustness) if result.robustness else "",
+        _robustness(result) if result.robustness else "",
         "<h2>Groups</h2><p>Race labels serve this audit alone; the model neither sees nor tells them.</p>",
         _group_table(result),
         "<h2>Largest age errors</h2><p>Many of them are wrong labels.</p>",
@@ -108,7 +119,7 @@ def _group_table(result: Evaluation) -> str:
 
 
 def _cell(figure: Figure | None) -> str:
-    return "" if figure is None else f"{figure.value:.3f} ({figure.low:.2f}-{figure.high:.2f})"
+    return "" if figure is None else f"{figure.value:.3f} ({figure.low:.2f} to {figure.high:.2f})"
 
 
 def _table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
@@ -186,7 +197,12 @@ def _bands(scored: Scored) -> list[tuple[str, np.ndarray]]:
     return [(name, mask) for name, mask in masks if mask.any()]
 
 
-def _robustness(curves: dict[str, Curve]) -> str:
+def _robustness(result: Evaluation) -> str:
+    note = f"Of {result.robustness_pictures} pictures; errors and accuracies are of those in which a face was found."
+    return f"<h2>Robustness</h2><p>{note}</p>" + _robustness_curves(result.robustness)
+
+
+def _robustness_curves(curves: dict[str, Curve]) -> str:
     names = list(curves)
     plots = [
         _robustness_plots({name: curves[name] for name in names[at : at + _PLOTS_A_ROW]})
