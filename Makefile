@@ -1,9 +1,9 @@
 # Each target makes what it needs. `make` alone lists them.
 
-PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PYTHON ?= $(or $(wildcard $(BIN)/python),python3)
 
 SRC ?=
 OUT ?=
@@ -11,8 +11,14 @@ FACES ?= detect
 MODEL ?= model_store/agegender.pt
 DATA ?=
 ARGS ?=
+# The recipes take these from the environment, where a quote, a dollar or a backtick means nothing to make or the shell.
+$(foreach name,SRC OUT FACES MODEL DATA,$(eval override $(name) := $$(value $(name))))
+export SRC OUT FACES MODEL DATA
+# What `report` and `app` show by default.
+SCORED := $(if $(wildcard out/_SUCCESS),out,examples/out)
 # What was chosen at the first setup stays chosen.
 CPU ?= $(if $(wildcard $(VENV)/requirements.txt),1)
+override CPU := $(filter-out 0 no,$(CPU))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup app batch report train evaluate archive serve stop stubs screenshots test test-slow bench licences check format lock clean
@@ -21,41 +27,42 @@ help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
 		while IFS="$$(printf '\t')" read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
 
-setup: $(READY) ## Install the locked packages into .venv (other targets do it when needed); CPU=1 leaves CUDA out
+setup: $(READY) ## Install the locked packages into .venv (other targets do it when needed); CPU=1 leaves CUDA out, CPU=0 does not
 
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "agegender needs Python 3.10 or newer; try make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
-	$(if $(CPU),grep -vE '^(nvidia|cuda|triton)' requirements.txt > $(VENV)/requirements.txt)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r $(if $(CPU),$(VENV)/)requirements.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv "$(or $(realpath $(VENV)),$(VENV))"
+	$(if $(CPU),grep -vE '^(nvidia|cuda|triton)' requirements.txt >,rm -f) $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(if $(CPU),$(VENV)/)requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@java=$$($(BIN)/python -m handler java) && ln -sf "$$java" $(BIN)/java
 	@touch $@
 
-app: $(READY) examples/photos ## Open the app in a browser: OUT=DIR MODEL=FILE
+app: $(READY) examples/photos ## Open the app in a browser: OUT=DIR (by default as for report) MODEL=FILE
+	@test -f "$$MODEL" || { printf 'make app: there is no model %s; train one with `make train`\n' "$$MODEL" >&2; exit 2; }
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11) and "the app needs Python 3.11 or newer; try rm -r .venv, then make app PYTHON=python3.12")'
-	@$(BIN)/python -m streamlit run app/streamlit_app.py $(ARGS) -- --model "$(MODEL)" --out "$(or $(OUT),examples/out)"
+	@$(BIN)/python -m streamlit run app/streamlit_app.py $(ARGS) -- --model "$$MODEL" --out "$${OUT:-$(SCORED)}"
 
 examples/photos: | $(READY)
 	@$(BIN)/python -c "from pathlib import Path; from batch.samples import write_samples; write_samples(Path('$@'))"
 
 batch: $(READY) ## Score a directory of images into Parquet: SRC=DIR OUT=DIR FACES=detect|whole MODEL=FILE
-	@$(BIN)/python -m batch $(if $(SRC),"$(SRC)" "$(or $(OUT),out)",--samples examples/photos "$(or $(OUT),examples/out)") \
-		--faces $(FACES) --model "$(MODEL)" $(ARGS)
+	@$(BIN)/python -m batch $(if $(SRC),"$$SRC" "$${OUT:-out}",--samples examples/photos "$${OUT:-examples/out}") \
+		--faces "$$FACES" --model "$$MODEL" $(ARGS)
 
-report: $(READY) ## Write a page about a batch output: OUT=DIR (by default the samples')
-	@$(BIN)/python -m batch report "$(or $(OUT),examples/out)"
+report: $(READY) ## Write a page about a batch output: OUT=DIR (by default out where it is finished, else the samples')
+	@$(BIN)/python -m batch report "$${OUT:-$(SCORED)}"
 
 train: $(READY) ## Train on a folder of labelled faces: DATA=DIR ARGS="--epochs 20 ..."
-	@test -n "$(DATA)" || { echo 'make train: say where the labelled faces are: make train DATA=DIR' >&2; exit 2; }
-	@$(BIN)/python -m training --data-dir "$(DATA)" $(ARGS)
+	@test -n "$$DATA" || { echo 'make train: say where the labelled faces are: make train DATA=DIR' >&2; exit 2; }
+	@$(BIN)/python -m training --data-dir "$$DATA" $(ARGS)
 
 evaluate: $(READY) ## Measure a model on labelled faces: DATA=DIR MODEL=FILE
-	@test -n "$(DATA)" || { echo 'make evaluate: say where the labelled faces are: make evaluate DATA=DIR' >&2; exit 2; }
-	@$(BIN)/python -m training.evaluate --data-dir "$(DATA)" --model "$(MODEL)" $(ARGS)
+	@test -n "$$DATA" || { echo 'make evaluate: say where the labelled faces are: make evaluate DATA=DIR' >&2; exit 2; }
+	@$(BIN)/python -m training.evaluate --data-dir "$$DATA" --model "$$MODEL" $(ARGS)
 
 archive: $(READY) ## Build the model archive that TorchServe loads: MODEL=FILE
-	@$(BIN)/python -m handler archive --model "$(MODEL)"
+	@$(BIN)/python -m handler archive --model "$$MODEL"
 
 serve: archive ## Start the server; returns when it answers predictions: MODEL=FILE
 	@$(BIN)/python -m handler start
@@ -76,7 +83,7 @@ test-slow: $(READY) ## Run the chaos, soak and long fuzz tests
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
 bench: $(READY) ## Run all that benchmarks/RESULTS.md shows: DATA=DIR ARGS="--quick --only NAME,..."
-	@$(BIN)/python -m benchmarks $(if $(DATA),--data-dir "$(DATA)") $(ARGS)
+	@$(BIN)/python -m benchmarks $(if $(DATA),--data-dir "$$DATA") $(ARGS)
 
 check: $(READY) ## Lint, check formatting and types, as the pre-commit hook does
 	$(BIN)/ruff check .
@@ -94,7 +101,7 @@ lock: $(READY) ## Write requirements.txt anew from pyproject.toml
 		pyproject.toml --output-file requirements.txt
 
 licences: $(READY) ## Write docs/licences.md anew from the lock and what is installed
-	@$(BIN)/python docs/licences.py > docs/licences.md
+	@$(BIN)/python docs/licences.py
 
 clean: ## Remove the environment and the caches; trained models (runs) and outputs (out, examples) stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

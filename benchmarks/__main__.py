@@ -1,19 +1,21 @@
 """`python -m benchmarks`: every benchmark in turn -> RESULTS.md and its plots.
 
-Each benchmark is a script of its own, with more options. What it wrote is kept in --keep-dir, and the page is made of
-all that lies there: with `--only` the others keep what an earlier run measured, each under its own date. Where a script
-fails, the page says so, and the next one runs.
+Each benchmark is a script of its own, with more options. What it wrote is kept in --keep-dir. Of the scripts that
+`--only` leaves out, the page keeps the sections that it has, each under its own date. Where a script fails, the page
+says so, and the next one runs.
 """
 
 import argparse
 import hashlib
 import json
 import platform
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -26,6 +28,7 @@ import torch
 
 from agegender import Model
 from agegender.spec import DEFAULT_MODEL
+from benchmarks.calls import in_a_sentence
 from benchmarks.environment import make_environment
 from benchmarks.peer import PEER
 from benchmarks.plots import PLOTS, draw
@@ -61,7 +64,7 @@ class Script:
 
 
 SCRIPTS: Final = {
-    "accuracy": Script("How right it is", ("--limit", "200"), ("data_dir", "peer_python")),
+    "accuracy": Script("How right it is", ("--limit", "200"), ("data_dir", "also", "peer_python")),
     "chain": Script(
         "Where an image's time goes",
         ("--rounds", "1", "--seconds", "4", "--limit", "100"),
@@ -85,20 +88,19 @@ SCRIPTS: Final = {
 }
 
 
+@in_a_sentence("benchmarks")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 when every script ran, 1 when one failed."""
     options = _options(arguments)
-    options.keep_dir.mkdir(parents=True, exist_ok=True)
-    failed = []
-    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        if any("peer_python" in SCRIPTS[name].takes for name in options.only):
-            python = options.peer_python or make_environment(Path(folder) / "peer", PEER)
-            options.peer_python = python if isinstance(python, Path) else None
-        for name in options.only:
-            print(f"{name} ...", flush=True)
-            failed += [] if _run(name, SCRIPTS[name], options) else [name]
+    for folder in (options.keep_dir, options.out_dir):
+        folder.mkdir(parents=True, exist_ok=True)
     page = options.out_dir / "RESULTS.md"
-    page.write_text("\n".join(_page(options)))
+    page.open("a").close()  # where nothing can be written, nothing is measured for an hour
+    with tempfile.TemporaryDirectory(prefix="bench-") as environments:
+        if any("peer_python" in SCRIPTS[name].takes for name in options.only):
+            python = options.peer_python or make_environment(Path(environments) / "peer", PEER)
+            options.peer_python = python if isinstance(python, Path) else None
+        failed = [name for name in options.only if not _measured(name, options, page)]
     print(f"{page}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0
 
@@ -108,14 +110,23 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", type=_names, default=list(SCRIPTS), metavar="NAME,...", help=", ".join(SCRIPTS))
-    parser.add_argument("--quick", action="store_true", help="little of each, to see that all of it works")
+    parser.add_argument(
+        "--quick", action="store_true", help="little of each, to see that all of it works, with a page in --keep-dir"
+    )
     parser.add_argument("--setup", action="store_true", help="measure the installation into fresh environments too")
     parser.add_argument("--data-dir", type=Path, help="UTKFace's aligned chips, which accuracy needs")
     parser.add_argument("--photos-dir", type=Path, help="JPEG photographs (default: samples)")
     parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
-    parser.add_argument("--out-dir", type=Path, default=Path("benchmarks"), help="of the page (default: %(default)s)")
-    parser.add_argument("--keep-dir", type=Path, default=Path("runs/benchmarks"), help="of what each script wrote")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--also", action="append", default=[], metavar="NAME=COMMAND", help="one more contestant of accuracy"
+    )
+    parser.add_argument("--out-dir", type=Path, help="of the page (default: benchmarks)")
+    parser.add_argument(
+        "--keep-dir", type=Path, default=Path("runs/benchmarks"), help="of what each wrote (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    options.out_dir = options.out_dir or (options.keep_dir if options.quick else Path("benchmarks"))
+    return options
 
 
 def _names(text: str) -> list[str]:
@@ -125,26 +136,31 @@ def _names(text: str) -> list[str]:
     return [name for name in SCRIPTS if name in names]
 
 
-def _run(name: str, script: Script, options: argparse.Namespace) -> bool:
-    """Runs a script, and keeps its section of the page. Returns whether it went well."""
-    kept = {kind: options.keep_dir / f"{name}.{kind}" for kind in ("md", "json", "out", "log", "section")}
+def _measured(name: str, options: argparse.Namespace, page: Path) -> bool:
+    """Runs a script, and puts its section into the page. Returns whether it went well."""
+    print(f"{name} ...", flush=True)
+    code, section = _run(name, SCRIPTS[name], options)
+    sections = {**_sections(page.read_text()), SCRIPTS[name].title: section}
+    page.write_text("\n".join(_page(sections)))
+    return code == 0
+
+
+def _run(name: str, script: Script, options: argparse.Namespace) -> tuple[int, str]:
+    """A script's exit code and its section of the page."""
+    kept = {kind: options.keep_dir / f"{name}.{kind}" for kind in ("md", "json", "out", "log")}
     call = ["-m", f"benchmarks.{name}", *_settings(script, options)]
-    hidden = ["--markdown", str(kept["md"]), "--json", str(kept["json"])]
-    if options.peer_python and "peer_python" in script.takes:
-        hidden += ["--peer-python", str(options.peer_python)]
     busy, started = psutil.cpu_percent(interval=_LOOKED_S) / 100, time.monotonic()
     with kept["out"].open("w") as out, kept["log"].open("w") as log:
-        code = subprocess.run([sys.executable, *call, *hidden], stdout=out, stderr=log).returncode
+        command = [sys.executable, *call, *_hidden(script, options, kept["md"], kept["json"])]
+        code = subprocess.run(command, stdout=out, stderr=log).returncode
     shown = [f"path/to/{Path(part).name}" if before in FOLDERS else part for before, part in pairwise(["", *call])]
-    lines = [f"## {script.title}", "", f"`python {' '.join(_quoted(shown))}`", ""]
+    lines = [f"## {script.title}", "", f"`python {shlex.join(shown)}`", ""]
     lines += [f"{_now()}, {time.monotonic() - started:.0f} s, {_commit()}, model {_sha256()}, {_busy(busy)}", ""]
     if code:
         lines += [f"**Not measured**: it ended with {code}: {_last_line(kept['log'])}", ""]
     else:
-        lines += [kept["md"].read_text()]
-        lines += _plot(name, kept["json"], options.out_dir)
-    kept["section"].write_text("\n".join(lines))
-    return code == 0
+        lines += [kept["md"].read_text(), *_plot(name, kept["json"], options.out_dir)]
+    return code, "\n".join(lines)
 
 
 def _settings(script: Script, options: argparse.Namespace) -> Iterator[str]:
@@ -154,12 +170,17 @@ def _settings(script: Script, options: argparse.Namespace) -> Iterator[str]:
     for name in ("data_dir", "photos_dir"):
         if name in script.takes and (folder := getattr(options, name)):
             yield from (f"--{name.replace('_', '-')}", str(folder))
+    if "also" in script.takes:
+        yield from (part for contestant in options.also for part in ("--also", contestant))
     if options.setup and "setup" in script.takes:
         yield "--setup"
 
 
-def _quoted(call: Sequence[str]) -> Iterator[str]:
-    return (f'"{part}"' if " " in part else part for part in call)
+def _hidden(script: Script, options: argparse.Namespace, tables: Path, figures: Path) -> Iterator[str]:
+    """Options that are of no interest to others."""
+    yield from ("--markdown", str(tables), "--json", str(figures))
+    if options.peer_python and "peer_python" in script.takes:
+        yield from ("--peer-python", str(options.peer_python))
 
 
 def _plot(name: str, figures: Path, out_dir: Path) -> list[str]:
@@ -176,13 +197,21 @@ def _plot(name: str, figures: Path, out_dir: Path) -> list[str]:
 # The page.
 
 
-def _page(options: argparse.Namespace) -> Iterator[str]:
+def _page(sections: Mapping[str, str]) -> Iterator[str]:
     yield from ("# What was measured", "")
-    yield "Each table names the command that made it; `make bench` runs them all with their defaults. " + _machine()
+    yield (
+        "Each table names the command that made it, with its options; `make bench` runs the scripts one after the "
+        f"other. {_machine()}"
+    )
     yield from ("", f"Model: {_model()}. Versions: Python {platform.python_version()}, {_versions()}.", "")
-    for name in SCRIPTS:
-        section = options.keep_dir / f"{name}.section"
-        yield section.read_text() if section.exists() else f"## {SCRIPTS[name].title}\n\nNot measured yet.\n"
+    for script in SCRIPTS.values():
+        yield sections.get(script.title, f"## {script.title}\n\nNot measured yet.\n")
+
+
+def _sections(page: str) -> dict[str, str]:
+    """Title -> section, its title included, of a page that was written before."""
+    parts = re.split(r"^(?=## )", page, flags=re.MULTILINE)[1:]
+    return {part.partition("\n")[0].removeprefix("## "): part.rstrip() + "\n" for part in parts}
 
 
 def _machine() -> str:

@@ -29,7 +29,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from agegender import ImageResult, Item, Predictor
-from agegender.spec import DEFAULT_MODEL
+from agegender.spec import DEFAULT_MODEL, read_artifact
+from benchmarks.calls import in_a_sentence, positive
 from benchmarks.environment import make_environment
 from benchmarks.outputs import add_output_options, write_outputs
 from benchmarks.peer import PEER
@@ -83,6 +84,7 @@ class Row:
     gender_difference: Figure | None
 
 
+@in_a_sentence("accuracy")
 def main() -> None:
     options = _options()
     test, guess = _pictures(options)
@@ -97,7 +99,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True, help="UTKFace's aligned chips")
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
-    parser.add_argument("--limit", type=int, help="at most so many pictures, to see that all of it works")
+    parser.add_argument("--limit", type=positive, help="at most so many pictures, to see that all of it works")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=COMMAND", help="one more contestant")
     parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
     add_output_options(parser)
@@ -114,16 +116,17 @@ def _pictures(options: argparse.Namespace) -> tuple[list[Sample], dict[str, Answ
     """The pictures to ask about, and two ways to guess, learned from those of the training split.
 
     Raises:
-        SystemExit: there is none of the test split in the folder.
+        ModelLoadError: there is no such model.
+        ValueError: its splits are not known, or there is none of the test split in the folder.
     """
-    try:
-        samples, _ = scan(options.data_dir)
-    except ValueError as error:
-        raise SystemExit(f"accuracy: {error}") from error
+    read_artifact(options.model)
     splits = read_splits(splits_path(options.model))
+    if not splits.sides:
+        raise ValueError(f"{splits_path(options.model)} is not there, which says what the model was tested on")
+    samples, _ = scan(options.data_dir)
     sides = {side: [sample for sample in samples if splits.of(sample) == side] for side in ("train", "test")}
     if not all(sides.values()):
-        raise SystemExit(f"accuracy: {options.data_dir} holds no pictures of {splits_path(options.model)}")
+        raise ValueError(f"{options.data_dir} holds no pictures of {splits_path(options.model)}")
     test = sides["test"][:: max(1, len(sides["test"]) // (options.limit or len(sides["test"])))][: options.limit]
     ages = [sample.labels.age_years for sample in sides["train"]]
     gender = float(np.mean([sample.labels.gender for sample in sides["train"]]) > 0.5)

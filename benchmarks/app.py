@@ -26,6 +26,7 @@ from playwright.sync_api import Browser, Page
 
 from agegender.records import arrow_schema
 from app.scores import INTERVAL_WIDTH, Scores, Selection
+from benchmarks.calls import in_a_sentence, positive
 from benchmarks.outputs import add_output_options, write_outputs
 from tests.browsing import chromium, open_page, running_app, settle, upload
 from tests.conftest import package_file
@@ -45,6 +46,7 @@ class Measurement:
     seconds: float
 
 
+@in_a_sentence("app")
 def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory() as folder, running_app(Path(folder) / "app.log") as app, chromium() as browser:
@@ -69,8 +71,8 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--uploads", type=int, default=20, help="photographs to give (default %(default)s)")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the output (default %(default)s)")
+    parser.add_argument("--uploads", type=positive, default=20, help="photographs to give (default %(default)s)")
+    parser.add_argument("--rows", type=positive, default=1_000_000, help="rows of the output (default %(default)s)")
     add_output_options(parser)
     return parser.parse_args()
 

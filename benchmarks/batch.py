@@ -30,6 +30,7 @@ from typing import Any, Final
 
 import psutil
 
+from benchmarks.calls import in_a_sentence, positive
 from benchmarks.environment import make_environment
 from benchmarks.images import PHOTOGRAPHS, Images, add_image_options, make_images
 from benchmarks.outputs import add_output_options, write_outputs
@@ -96,6 +97,7 @@ class Bench:
     peer: Path | str
 
 
+@in_a_sentence("batch")
 def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="bench-batch-") as name:
@@ -114,18 +116,20 @@ def main() -> None:
     report = _report(bench, sources, results, failed)
     print(report)
     write_outputs(options, report, results)
+    if "bare" in failed:
+        raise SystemExit(f"batch: bare, which the others are compared with, failed: {failed['bare']}")
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="these contestants")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument(
         "--seconds", type=float, default=30, help="about how long jobs work; pools a third of it (default 30)"
     )
-    parser.add_argument("--limit", type=int, help="at most so many images a run, to see that all of it works")
-    parser.add_argument("--workers", type=int, default=psutil.cpu_count(), help="processes (default: the cores)")
+    parser.add_argument("--limit", type=positive, help="at most so many images a run, to see that all of it works")
+    parser.add_argument("--workers", type=positive, default=psutil.cpu_count(), help="processes (default: the cores)")
     parser.add_argument("--model", default="model_store/agegender.pt")
     add_image_options(parser)
     parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
@@ -267,9 +271,11 @@ def _run(command: Sequence[str]) -> Run:
         ContestantError: it failed.
     """
     run = Run("", time.time(), [])
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **ENVIRONMENT}
-    )
+    environment = {**os.environ, **ENVIRONMENT}
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    except OSError as error:
+        raise ContestantError(str(error)) from error
     watcher = threading.Thread(target=_watch, args=(process, run.cpu_s))
     watcher.start()
     run.output, errors = process.communicate()

@@ -20,6 +20,7 @@ from agegender import Item, Predictor
 from agegender.process import keep_freed_memory
 from agegender.result import FacesMode
 from agegender.spec import DEFAULT_MODEL
+from benchmarks.calls import in_a_sentence, positive
 from benchmarks.images import PHOTOGRAPHS, add_image_options, make_images
 from benchmarks.outputs import add_output_options, write_outputs
 
@@ -50,6 +51,7 @@ class Measurement:
     alone_ms: float
 
 
+@in_a_sentence("chain")
 def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="bench-chain-") as name:
@@ -72,9 +74,9 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--seconds", type=float, default=10, help="per workload and round, for the stream (default 10)")
-    parser.add_argument("--limit", type=int, default=500, help="at most so many different images (default 500)")
+    parser.add_argument("--limit", type=positive, default=500, help="at most so many different images (default 500)")
     parser.add_argument("--model", default=DEFAULT_MODEL)
     add_image_options(parser)
     add_output_options(parser)

@@ -17,6 +17,7 @@ import numpy as np
 from agegender import Face, FaceDetector
 from agegender.detector import DECODE_SIDE_PX, DEFAULT_MIN_SCORE, detector_weights
 from agegender.image import Pixels, read_header
+from benchmarks.calls import in_a_sentence
 from benchmarks.images import add_image_options, make_images
 
 __all__ = ["main"]
@@ -44,6 +45,7 @@ class _OpenCV(FaceDetector):
         return rows
 
 
+@in_a_sentence("detectors")
 def main() -> int:
     """Prints ms per image of both, their ratio, and by how much the faces differ."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.detectors", description=(__doc__ or "").splitlines()[0])
@@ -76,7 +78,7 @@ def _compared(images: Sequence[Pixels]) -> str:
     ratio = median(second / first for first, second in times)
     return (
         f"{mine:.1f} ms an image, OpenCV {its:.1f}, ratio {ratio:.2f}; "
-        f"the landmarks of {len(differences) // _ROUNDS} faces differ by up to {max(differences):.4f} px; "
+        f"the landmarks of {len(differences) // _ROUNDS} faces differ by up to {max(differences, default=0.0):.4f} px; "
         f"{other // _ROUNDS} images with another number of faces"
     )
 

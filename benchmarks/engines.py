@@ -19,6 +19,7 @@ from agegender.image import Pixels
 from agegender.predictor import DEFAULT_BATCH_SIZE
 from agegender.process import keep_freed_memory
 from agegender.spec import DEFAULT_MODEL
+from benchmarks.calls import in_a_sentence
 
 __all__ = ["main"]
 
@@ -26,6 +27,7 @@ _WARM_UP: Final = 5
 _ROUNDS: Final = 60
 
 
+@in_a_sentence("engines")
 def main() -> int:
     """Prints chips/s of both, and their ratio."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=(__doc__ or "").splitlines()[0])

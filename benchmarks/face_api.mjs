@@ -1,8 +1,10 @@
 // face-api as a contestant of benchmarks.accuracy. Once:
 //   mkdir FOLDER && cd FOLDER && npm install @vladmandic/face-api @tensorflow/tfjs @tensorflow/tfjs-backend-wasm jpeg-js
 // then
-//   python -m benchmarks.accuracy --also "face-api, its detector=node benchmarks/face_api.mjs FOLDER" \
+//   python -m benchmarks.accuracy --data-dir UTKFACE \
+//       --also "face-api, its detector=node benchmarks/face_api.mjs FOLDER" \
 //       --also "face-api, whole picture=node benchmarks/face_api.mjs FOLDER whole"
+// `python -m benchmarks` takes these options too.
 // It reads names of JPEG files from its input and prints age and gender of the largest face of each, or, since its
 // detector misses most faces that fill their picture, of the whole picture. Its guide says that it was trained on four
 // fifths of UTKFace, so it has seen most of these pictures; on its own fifth of it, it names 5.25 years and 93%.

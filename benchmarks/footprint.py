@@ -22,6 +22,7 @@ from typing import Final
 import psutil
 
 from agegender.spec import DEFAULT_MODEL
+from benchmarks.calls import in_a_sentence, positive
 from benchmarks.environment import make_environment
 from benchmarks.images import add_photos_option, make_images
 from benchmarks.outputs import add_output_options, write_outputs
@@ -49,6 +50,7 @@ class Measurement:
     unit: str
 
 
+@in_a_sentence("footprint")
 def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="bench-footprint-") as name:
@@ -61,7 +63,7 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setup", action="store_true", help="install into fresh environments, which takes minutes")
-    parser.add_argument("--rounds", type=int, default=3, help="starts of each process (default 3)")
+    parser.add_argument("--rounds", type=positive, default=3, help="starts of each process (default 3)")
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
     add_photos_option(parser)
     parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
@@ -108,7 +110,7 @@ def _process(options: argparse.Namespace, name: str, python: str, image: Path) -
     program = PROGRAMS[name].format(model=str(options.model), image=str(image))
     try:
         runs = [_started(python, program) for _ in range(options.rounds)]
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         print(f"footprint: {name} is not measured: {error}", file=sys.stderr)
         return
     yield Measurement("command to first answer", name, statistics.median(seconds for seconds, _ in runs), "s")

@@ -33,6 +33,7 @@ from batch.listing import Input, blocks_of, digest
 from batch.output import Output, Run, now
 from batch.publish import committed_parts, publish
 from batch.scorer import BLOCK_SCHEMA
+from benchmarks.calls import in_a_sentence, positive
 from benchmarks.outputs import add_output_options, write_outputs
 
 CHIPS: Final = 200
@@ -64,6 +65,7 @@ class Measurement:
     all_mb: float
 
 
+@in_a_sentence("growth")
 def main() -> None:
     options = _options()
     measured: list[Measurement] = []
@@ -85,12 +87,12 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="*", type=int, default=[1_000, 10_000, 100_000], help="runs to their end")
+    parser.add_argument("--sizes", nargs="*", type=positive, default=[1_000, 10_000, 100_000], help="runs to their end")
     parser.add_argument("--slice", type=int, default=1_000_000, help="inputs of the interrupted run; 0 leaves it out")
     parser.add_argument("--slice-seconds", type=float, default=60, help="of scoring, before and after it is resumed")
-    parser.add_argument("--names", type=int, default=2_000_000, help="names of the simulated listing")
-    parser.add_argument("--parts", type=int, default=500, help="parts of the simulated output")
-    parser.add_argument("--workers", type=int, default=psutil.cpu_count(), help="processes (default: the cores)")
+    parser.add_argument("--names", type=positive, default=2_000_000, help="names of the simulated listing")
+    parser.add_argument("--parts", type=positive, default=500, help="parts of the simulated output")
+    parser.add_argument("--workers", type=positive, default=psutil.cpu_count(), help="processes (default: the cores)")
     parser.add_argument("--tmp", type=Path, help="where the directories are made (default: the system's)")
     add_output_options(parser)
     return parser.parse_args()
@@ -123,6 +125,8 @@ def _whole_run(folder: Path, size: int, out: Path, options: argparse.Namespace) 
     memory = _Memory(process.pid)
     while process.poll() is None:
         memory.look()
+    if process.returncode:
+        raise ValueError(f"the batch job ended with {process.returncode} on {size:,} inputs")
     summary = json.loads((out / "_summary.json").read_text())
     return Measurement(
         size, summary["inputs"], summary["images_per_s"], summary["startup_s"], memory.driver_mb, memory.all_mb
@@ -295,12 +299,13 @@ def _table(measured: Sequence[Measurement]) -> list[str]:
         return []
     head = "| inputs | scored in this run | images/s | to first result, s | driver, MB | all processes, MB |"
     rates = [each.images_per_s for each in measured]
+    apart = f", {max(rates) / min(rates) - 1:.0%} apart" if min(rates) else ""
     return [
         head,
         "|---" * head.count(" | ") + "|---|",
         *map(_row, measured),
         "",
-        f"images/s from least to most: {min(rates):.1f} to {max(rates):.1f}, {max(rates) / min(rates) - 1:.0%} apart",
+        f"images/s from least to most: {min(rates):.1f} to {max(rates):.1f}{apart}",
     ]
 
 

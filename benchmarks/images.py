@@ -39,7 +39,7 @@ def make_images(workload: str, data_dir: Path | None, photos_dir: Path | None, f
         folder: where what has to be made is written.
 
     Raises:
-        SystemExit: a folder was given that holds no JPEG file.
+        ValueError: a folder was given that holds no JPEG file.
     """
     if workload in PHOTOGRAPHS:
         sources = _found(photos_dir) if photos_dir else _samples(folder)
@@ -55,7 +55,7 @@ def make_images(workload: str, data_dir: Path | None, photos_dir: Path | None, f
 def _found(folder: Path) -> list[Path]:
     if paths := sorted(path.resolve() for path in folder.glob("*.jpg")):
         return paths
-    raise SystemExit(f"{folder} holds no .jpg file; give a folder that does, or leave it out for samples")
+    raise ValueError(f"{folder} holds no .jpg file; give a folder that does, or leave it out for samples")
 
 
 def _samples(folder: Path) -> list[Path]:

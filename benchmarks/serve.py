@@ -42,6 +42,7 @@ from PIL import Image
 from agegender import Predictor
 from agegender.process import keep_freed_memory
 from agegender.spec import DEFAULT_MODEL
+from benchmarks.calls import in_a_sentence, positive
 from benchmarks.environment import make_environment
 from benchmarks.outputs import add_output_options, write_outputs
 from handler.archive import build_archive
@@ -84,6 +85,7 @@ class Measurement:
     errors: int
 
 
+@in_a_sentence("serve")
 def main() -> None:
     options = _options()
     images = {name: _image(SIZES[name]) for name in options.images}
@@ -134,10 +136,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--images", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--clients", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--clients", nargs="+", type=positive, default=[1, 2, 4, 8, 16])
     parser.add_argument("--paced", nargs="*", choices=("even", "Poisson"), default=["even", "Poisson"])
     parser.add_argument("--seconds", type=float, default=20, help="per figure, after a warm-up of a fifth")
-    parser.add_argument("--workers", type=int, default=psutil.cpu_count(), help="per server (default: the cores)")
+    parser.add_argument("--workers", type=positive, default=psutil.cpu_count(), help="per server (default: the cores)")
     parser.add_argument("--rivals-python", type=Path, help="an interpreter that has LitServe, FastAPI and the project")
     add_output_options(parser)
     options = parser.parse_args()

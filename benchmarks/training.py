@@ -18,6 +18,7 @@ import torch
 import tyro
 
 from agegender.process import keep_freed_memory
+from benchmarks.calls import in_a_sentence
 from training.dataset import load_faces
 from training.loop import AugmentedChips, Batch, epoch_batches, initial_state, train_one_epoch
 from training.loss import Targets, criterion, label_targets
@@ -31,6 +32,7 @@ _ROUNDS: Final = 3
 _CPU: Final = torch.device("cpu")
 
 
+@in_a_sentence("training")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints both times, their ratio, and how busy the cores were during the epoch."""
     given = list(sys.argv[1:] if arguments is None else arguments)

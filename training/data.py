@@ -95,9 +95,9 @@ def scan(data_dir: Path) -> tuple[list[Sample], Rejected]:
         else:
             samples[digest] = Sample(path, labels, digest)
     if not samples:
-        raise ValueError(
-            f"no usable picture in {data_dir}; expected files named age_gender_race_date.jpg {rejected.counts()}"
-        )
+        reasons = ", ".join(f"{reason} ({count})" for reason, count in rejected.counts().items())
+        left_out = f"; left out: {reasons}" if reasons else ""
+        raise ValueError(f"no usable picture in {data_dir}; expected files named age_gender_race_date.jpg{left_out}")
     return list(samples.values()), rejected
 
 
