@@ -17,7 +17,7 @@ def plain(text: str) -> str:
 
 
 def literal(name: str) -> str:
-    """A name of elsewhere as Markdown's code, which stays as it is: elsewhere Streamlit finds links, arrows and icons."""
+    """A name of elsewhere as Markdown's code, in which Streamlit finds no links, arrows or icons."""
     shown = "".join(each for each in name if each.isprintable() or each == _JOINER)
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     return f"{fence} {shown} {fence}"

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from batch.progress import tell
 from batch.request import Request, Resources, ScoreOptions
 
 # Ray and torch read these when they are imported. One thread a process, since there is a process for each core; nothing
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     reporting = given[:1] == ["report"]
     options = _report_parser().parse_args(given[1:]) if reporting else _parse(given)
+    _open_streams()
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does, it tells of names in any encoding
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -55,8 +57,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(_report if reporting else _score, options)
     except KeyboardInterrupt as interrupt:
-        print("\nbatch: " + "; ".join(["interrupted", *interrupt.args]), file=sys.stderr)
+        tell(sys.stderr, "\nbatch: " + "; ".join(["interrupted", *interrupt.args]) + "\n")
         return _INTERRUPTED
+
+
+def _open_streams() -> None:
+    """Opens to nowhere what the caller has closed, as daemons do: other files would take the places of these."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, number)
+            if nowhere != number:
+                os.close(nowhere)
+            setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w"))
 
 
 def _parse(given: Sequence[str]) -> argparse.Namespace:
@@ -102,7 +115,7 @@ def _score(options: argparse.Namespace) -> None:
             raise ValueError(f"the samples go into one directory, and {options.sources[0]} is a glob")
         write_samples(Path(filesystem_of(normalize(options.sources[0]))[1]))
     stream = sys.stdout  # while the engine runs, `sys.stdout` is for its libraries
-    run_batch(_request(options), lambda text: print(text, file=stream, flush=True))
+    run_batch(_request(options), lambda text: tell(stream, f"{text}\n"))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -110,11 +123,11 @@ def _report(options: argparse.Namespace) -> None:
     from batch.output import Output
     from batch.report import write_report
 
-    print(f"wrote {write_report(Output(normalize(options.out)))}")
+    tell(sys.stdout, f"wrote {write_report(Output(normalize(options.out)))}\n")
 
 
 def _complain(error: Exception, exit_code: int) -> int:
-    print(f"batch: {error}", file=sys.stderr)
+    tell(sys.stderr, f"batch: {error}\n")
     return exit_code
 
 

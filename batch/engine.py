@@ -17,7 +17,7 @@ from typing import Any, Final
 import ray
 
 from agegender.process import core_count
-from batch.errors import JobError, first_line
+from batch.errors import JobError, RequestError, first_line
 from batch.request import Resources
 
 __all__ = ["quiet", "running_engine", "worker_count"]
@@ -36,6 +36,7 @@ def running_engine(resources: Resources) -> Iterator[None]:
 
     Raises:
         JobError: it does not start.
+        RequestError: it has fewer GPUs than asked for.
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with _scratch() as folder, quiet(os.path.join(folder, "engine.log")):
@@ -47,6 +48,7 @@ def running_engine(resources: Resources) -> Iterator[None]:
         finally:
             signal.signal(signal.SIGTERM, on_sigterm)
         try:
+            _check_gpus(resources)
             yield
         finally:
             ray.shutdown()
@@ -80,6 +82,12 @@ def _start(resources: Resources, folder: str) -> None:
                 ) from error
             if resources.address or attempt + 1 == _STARTS:
                 raise JobError(f"Ray did not start: {first_line(error)} Nothing is lost; try again.") from error
+
+
+def _check_gpus(resources: Resources) -> None:
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if resources.device != "cpu" and there < resources.gpus:
+        raise RequestError(f"--gpus {resources.gpus} was asked for, but Ray finds {there}; ask for that many or fewer")
 
 
 def _check_answers(address: str) -> None:
@@ -159,5 +167,5 @@ def _private_cluster(resources: Resources, folder: str) -> dict[str, Any]:
         "num_cpus": worker_count(resources) + _SPARE_CPUS,
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
-        "_temp_dir": folder,
+        "_temp_dir": os.path.join(folder, "ray"),  # which Ray opens to everybody; the one around it stays closed
     }

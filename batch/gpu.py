@@ -12,7 +12,6 @@ import ray
 from agegender import ModelSpec
 from agegender.image import Pixels
 from agegender.process import keep_freed_memory
-from batch.errors import JobError
 from batch.request import Resources
 
 if TYPE_CHECKING:
@@ -58,16 +57,13 @@ class RemoteModel:
         return predictions
 
 
-def start_models(model: bytes, resources: Resources) -> list[Any]:
+def start_models(model: "ray.ObjectRef[bytes]", resources: Resources) -> list[Any]:
     """Starts the processes that predict; they start again when they die, and repeat what they had in hand.
 
-    Raises:
-        JobError: the cluster has fewer GPUs than asked for.
+    Args:
+        model: the artifact, which the caller must hold as long as they may start again.
+        resources: how many, and where they predict.
     """
     on_gpu = resources.device != "cpu"
-    there = int(ray.cluster_resources().get("GPU", 0))
-    if on_gpu and there < resources.gpus:
-        raise JobError(f"--gpus {resources.gpus} was asked for, but Ray finds {there}; ask for that many or fewer")
     actor = ray.remote(num_cpus=0, num_gpus=int(on_gpu), max_restarts=-1, max_task_retries=-1)(_ModelProcess)
-    reference = ray.put(model)
-    return [actor.remote(reference, resources.device) for _ in range(resources.gpus)]
+    return [actor.remote(model, resources.device) for _ in range(resources.gpus)]

@@ -157,10 +157,11 @@ class _Pipeline(threading.Thread):
         self.ended = threading.Event()  # Python before 3.13 takes a thread for ended when a join with it is interrupted
         self._output = output
         self._run = run
+        self._model = ray.put(model)  # what starts again needs it as long as the job goes on
         self._constructor = {
             "options": options,
             "model": model,
-            "models": start_models(model, resources) if resources.gpus else [],
+            "models": start_models(self._model, resources) if resources.gpus else [],
             "tally": tally,
         }
         self._workers = min(worker_count(resources), run.blocks)  # each takes seconds of a processor to start
@@ -186,7 +187,7 @@ class _Pipeline(threading.Thread):
         # A task for each shard, one at a time, and few that write: Ray starts processes for more, each of which takes a
         # second of a processor just when the workers load the network.
         blocks = ray.data.read_parquet(
-            output.manifest,
+            output.manifest(self._run),
             filesystem=output.filesystem,
             partitioning=None,
             override_num_blocks=shard_count(self._run.inputs),

@@ -5,14 +5,16 @@ digest of every name; see docs/batch.md for the figures.
 """
 
 import codecs
+import contextlib
+import fnmatch
 import functools
+import glob
 import hashlib
 import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
@@ -133,12 +135,8 @@ class Listing:
             yield Input(encode_path(path))
 
     def _matches(self, pattern: str) -> Iterator[Input]:
-        """What a glob matches; pathlib's `**` follows no links, which might lead round in circles."""
-        try:
-            for path in Path("/").glob(os.fsdecode(decode_path(pattern)).lstrip("/")):
-                yield from self._match(os.fsencode(path))
-        except ValueError as error:
-            raise SourceError(f"{pattern} is no pattern: {first_line(error)}") from error
+        for path in _expand(decode_path(pattern)):
+            yield from self._match(path)
 
     def _match(self, path: bytes) -> Iterator[Input]:
         inside = self._is_skipped(encode_path(path))
@@ -209,6 +207,36 @@ class Listing:
                     yield Input(f"{name}//", "the directory cannot be listed: it has no name between two slashes")
                 else:
                     folders.append(info.path)
+
+
+def _expand(pattern: bytes) -> Iterator[bytes]:
+    """What an absolute glob matches, hidden names too; `**` follows no links, which might lead round in circles.
+
+    Not by pathlib, which calls itself for each level of directories, and ends where one goes while it looks.
+    """
+    pending = [(b"/", [part for part in pattern.split(b"/") if part])]
+    deep = set[tuple[bytes, int]]()  # two `**` may lead to a directory in several ways
+    while pending:
+        folder, parts = pending.pop()
+        if not parts:
+            yield folder
+        elif parts[0] == b"**":
+            if (key := (folder, len(parts))) not in deep:
+                deep.add(key)
+                pending.append((folder, parts[1:]))
+                inner = (entry.path for entry in _entries(folder) if _is_directory(entry) and not entry.is_symlink())
+                pending += [(path, parts) for path in inner]
+        elif glob.has_magic(parts[0]):
+            matches = (entry.path for entry in _entries(folder) if fnmatch.fnmatchcase(entry.name, parts[0]))
+            pending += [(path, parts[1:]) for path in matches]
+        elif os.path.lexists(path := os.path.join(folder, parts[0])):
+            pending.append((path, parts[1:]))
+
+
+def _entries(folder: bytes) -> Iterator["os.DirEntry[bytes]"]:
+    """What a directory holds; nothing, if it is none or may not be listed."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        yield from entries
 
 
 def digest(name: str) -> bytes:

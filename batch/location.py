@@ -57,7 +57,12 @@ def decode_path(text: str) -> bytes:
 
 def _path_of(name: bytes) -> bytes:
     scheme = _FILE_SCHEME.encode()
-    return urllib.parse.unquote_to_bytes(name.removeprefix(scheme)) if name.startswith(scheme) else name
+    if not name.startswith(scheme):
+        return name
+    host, slash, path = name.removeprefix(scheme).partition(b"/")
+    if host not in (b"", b"localhost"):
+        raise ValueError(f"{os.fsdecode(name)} names a file of another machine; a path here has three slashes")
+    return urllib.parse.unquote_to_bytes(slash + path)
 
 
 def is_pattern(path: bytes) -> bool:

@@ -2,9 +2,9 @@
 
     empty -> listing -> resumable -> finished
 
-While a run goes on, everything lies in `_run/`, which readers of Parquet directories skip: the manifest, `run.json`
-(its presence says that the manifest is complete), and under the run's id Ray's checkpoint and the parts that it speaks
-of: what a node of a run that was replaced still writes is none of its successor's. At the end the parts become
+While a run goes on, everything lies in `_run/`, which readers of Parquet directories skip: `run.json` (its presence
+says that the run's manifest is complete), and under the run's id the manifest, Ray's checkpoint and the parts that it
+speaks of: what a node of a run that was replaced still writes is none of its successor's. At the end the parts become
 `faces-*.parquet`, then `_summary.json` and `_SUCCESS` appear, and `_run/` goes.
 """
 
@@ -110,10 +110,9 @@ class Output:
         """A path on `filesystem` below the directory."""
         return "/".join((self.base, *parts))
 
-    @property
-    def manifest(self) -> str:
+    def manifest(self, run: Run) -> str:
         """Directory of the manifest's shards."""
-        return self.path(_RUN, "manifest")
+        return self.path(_RUN, run.id, "manifest")
 
     def parts(self, run: Run) -> str:
         """Directory of what Ray writes."""
@@ -229,18 +228,27 @@ class Output:
             reason = os.strerror(error.errno) if error.errno else first_line(error)
             raise OutputError(f"cannot write to {self.name}: {reason}") from error
 
-    def clear(self) -> None:
-        """Deletes what this program wrote there, and nothing else."""
-        self.clear_run()
+    def clear(self, *, but: Run | None = None) -> None:
+        """Deletes what this program wrote there, and nothing else; what a new run has listed stays."""
+        self.clear_run(but=but)
         for info in self.list():
-            if _OURS.fullmatch(info.base_name):
+            if _OURS.fullmatch(info.base_name) and info.base_name != _RUN:
                 _delete(self.filesystem, info)
 
-    def clear_run(self) -> None:
-        """Deletes `_run/`; `run.json` first, since the rest means nothing without it."""
-        for info in (self.filesystem.get_file_info(self.path(name)) for name in (_RUN_FILE, _RUN)):
-            if info.type is not fs.FileType.NotFound:
+    def clear_run(self, *, but: Run | None = None) -> None:
+        """Deletes `_run/`, but for what a new run has listed; `run.json` first, without which the rest is nothing."""
+        entries = self.list(self.path(_RUN))
+        for info in sorted(entries, key=lambda info: info.path != self.path(_RUN_FILE)):
+            if but is None or info.base_name != but.id:
                 _delete(self.filesystem, info)
+        if but is None and self.begun():
+            self.filesystem.delete_dir(self.path(_RUN))
+
+    def drop(self, run: Run) -> None:
+        """Deletes what a run has listed, and nothing else."""
+        self.filesystem.delete_dir(self.path(_RUN, run.id))
+        if not self.list(self.path(_RUN)):
+            self.filesystem.delete_dir(self.path(_RUN))
 
     def drop_empty_run(self) -> None:
         """Deletes `_run/` where nothing is in it, as a message that was written through it leaves it."""

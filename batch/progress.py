@@ -10,7 +10,7 @@ from typing import Final, Protocol, TextIO
 
 from tqdm import tqdm
 
-__all__ = ["GOOD", "BlockReport", "Listener", "Progress", "Tally", "bad_count"]
+__all__ = ["GOOD", "BlockReport", "Listener", "Progress", "Tally", "bad_count", "tell"]
 
 # The statuses of inputs that were looked at.
 GOOD: Final = ("ok", "no_face")
@@ -109,6 +109,16 @@ class Tally:
         return total
 
 
+def tell(stream: TextIO, text: str) -> None:
+    """Writes to people at once; when none reads any more, as behind `| head`, the work goes on without."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
 class Progress:
     """One line that renews itself in a terminal; in a log, a line now and then, ever more rarely."""
 
@@ -175,8 +185,7 @@ class Progress:
         self._write(f"\r{text}\x1b[K" if self._terminal else f"{text}\n")
 
     def _write(self, text: str) -> None:
-        self._out.write(text)
-        self._out.flush()
+        tell(self._out, text)
 
     @property
     def _out(self) -> TextIO:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+
 from agegender import AgeGenderError
 from agegender.draw import cut_recorded_face
 from agegender.image import quiet_pillow

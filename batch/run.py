@@ -59,6 +59,7 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
     if request.dry_run:
         from batch.preview import preview
 
+        _identify(request, listing)  # tells of wrong options before the listing
         if request.mode == "append":
             listing.known, _ = _known(output)
         preview(request, listing, say)
@@ -72,9 +73,6 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
     ):
         wanted, model = _identify(request, listing)
         with _engine(request, output, aside):
-            if request.mode == "overwrite":
-                _require_inputs(listing)
-                output.clear()
             run = _settle(output, wanted, listing, request, say)
             if run is not None:
                 _finish(output, run, model, request, say, started, still_held)
@@ -147,6 +145,8 @@ def _code_digest() -> str:
 
 def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say: Callable[[str], None]) -> Run | None:
     """The run to work on: the one that was interrupted, or a new one; None if nothing is left to do."""
+    if request.mode == "overwrite":
+        return _begin_anew(output, wanted, listing, say)
     if (interrupted := output.run()) is not None:
         replaced = "it and all that it was to be added to" if interrupted.first_id else "it"
         _require_same(output, interrupted, wanted, "an unfinished run", replaced)
@@ -155,15 +155,12 @@ def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say
         return interrupted
     finished = output.finished()
     if finished is None:
-        if output.files() and request.mode != "overwrite":
+        if output.files():
             raise OutputError(
                 f"{output.name} holds results of a run that is not there any more; "
                 "give another output directory, or --overwrite to replace them"
             )
-        output.clear()  # what is there is a listing that was interrupted
-        if (run := _begin(output, wanted, listing, say)) is None:
-            raise _no_files(listing)
-        return run
+        return _begin_anew(output, wanted, listing, say)
     if request.mode == "append":
         return _append(output, finished, wanted, listing, say)
     _require_same(output, finished, wanted, "a finished run")
@@ -176,16 +173,14 @@ def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say
     return None
 
 
-def _require_inputs(listing: Listing) -> None:
-    """Looks for one input, so that nothing is deleted for a name that was mistyped."""
-    look = replace(listing, known=set(), excluded=Counter())
-    if next(iter(look), None) is None:
-        raise _no_files(look)
-
-
-def _no_files(listing: Listing) -> SourceError:
-    reason = "; all were left out" if listing.excluded else ""
-    return SourceError(f"found no files in {', '.join(listing.sources)}{reason}")
+def _begin_anew(output: Output, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run:
+    """A run from the beginning. What was there goes when all sources have been listed, and not when one fails."""
+    if (run := _list(output, wanted, listing, say)) is None:
+        reason = "; all were left out" if listing.excluded else ""
+        raise SourceError(f"found no files in {', '.join(listing.sources)}{reason}")
+    output.clear(but=run)
+    output.begin(run)
+    return run
 
 
 def _require_same(output: Output, old: Run, wanted: Run, what: str, replaced: str = "it") -> None:
@@ -202,9 +197,11 @@ def _append(output: Output, finished: Run, wanted: Run, listing: Listing, say: C
     listing.known, first_id = _known(output)
     sources = [*finished.sources, *(source for source in wanted.sources if source not in finished.sources)]
     first_id = max(first_id, output.summary()["inputs"])  # even if files of the output were taken away
-    run = _begin(output, replace(wanted, sources=sources, first_id=first_id), listing, say)
+    run = _list(output, replace(wanted, sources=sources, first_id=first_id), listing, say)
     if run is None:
         say(f"Nothing to add: all files in {', '.join(listing.sources)} are in the output.")
+    else:
+        output.begin(run)
     return run
 
 
@@ -218,25 +215,24 @@ def _known(output: Output) -> tuple[set[bytes], int]:
     return known, first_id
 
 
-def _begin(output: Output, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run | None:
-    """Lists the sources into the manifest; None if there is nothing to do in them."""
+def _list(output: Output, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run | None:
+    """Lists the sources into the run's manifest; None if there is nothing to do in them."""
     say(f"Listing {', '.join(listing.sources)}")
-    output.filesystem.create_dir(output.manifest, recursive=True)
+    manifest = output.manifest(wanted)
+    output.filesystem.create_dir(manifest, recursive=True)
     inputs = blocks = 0
     for number, shard in enumerate(blocks_of(listing, first_id=wanted.first_id)):
-        path = f"{output.manifest}/blocks-{number:05}.parquet"
+        path = f"{manifest}/blocks-{number:05}.parquet"
         with output.filesystem.open_output_stream(path) as stream:
             pq.write_table(shard, stream, row_group_size=64)
         output.sync(path)
         inputs += sum(len(paths) for paths in shard["paths"].to_pylist())
         blocks += shard.num_rows
     if not inputs:
-        output.clear_run()
+        output.drop(wanted)
         return None
-    run = replace(wanted, inputs=inputs, blocks=blocks, excluded=dict(listing.excluded))
-    output.begin(run)
     say(f"Found {inputs:,} files.")
-    return run
+    return replace(wanted, inputs=inputs, blocks=blocks, excluded=dict(listing.excluded))
 
 
 def _finish(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import struct
@@ -168,10 +169,22 @@ def test_models_in_processes_of_their_own_give_the_same(
 
 
 def test_gpus_that_are_not_there_are_missed_in_a_sentence(hostile: Hostile, tmp_path: Path) -> None:
+    """Before anything is listed, so that the same call without them is no other run."""
     done = run_batch(hostile.root / "blank.png", tmp_path / "out", "--gpus", 99)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.count("\n") <= 2
     assert "--gpus 99 was asked for, but Ray finds" in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_nobody_has_to_listen(hostile: Hostile, tmp_path: Path) -> None:
+    """Standard error is closed, as by daemons, and standard output is after its first line."""
+    call = [sys.executable, "-m", "batch", str(hostile.root / "blank.png"), str(tmp_path / "out")]
+    shell = f"set -o pipefail; {shlex.join(call)} 2>&- </dev/null | head -1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert done.returncode == 0
+    assert done.stdout == f"Listing {hostile.root / 'blank.png'}\n"
+    assert (tmp_path / "out" / "_SUCCESS").exists()
 
 
 def test_files_are_sorted_compressed_and_say_where_they_come_from(hostile: Hostile, records: pd.DataFrame) -> None:

@@ -179,6 +179,47 @@ def test_a_glob_reads_no_lists_enters_no_output_and_goes_round_in_no_circle(fold
         assert listing.excluded["link to a directory"] >= 2
 
 
+@pytest.mark.parametrize("pattern", ["deep/**/*.jpg", "**/deep/**/z.jpg", "d*/**"])
+def test_a_glob_reaches_as_deep_as_directories_go(tmp_path: Path, pattern: str) -> None:
+    """Deeper than Python calls."""
+    folder = tmp_path / "deep"
+    for _ in range(1200):
+        folder.mkdir()
+        folder /= "d"
+    (folder.parent / "z.jpg").write_bytes(b"")
+    assert names(tmp_path / pattern) == [str(folder.parent / "z.jpg")]
+    while folder != tmp_path / "deep":  # neither does pytest's own clean-up reach it
+        folder = folder.parent
+        (folder / "z.jpg").unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def test_a_glob_passes_directories_that_go_while_it_looks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = os.scandir
+
+    def vanished(path: bytes) -> Any:
+        if path.endswith(b"/b"):
+            raise FileNotFoundError(path)
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", vanished)
+    assert names(folder / "**" / "*.jpg") == [str(folder / "one.jpg")]
+
+
+def test_two_wildcards_for_directories_name_nothing_twice(folder: Path) -> None:
+    listing = Listing([str(folder / "**" / "b" / "**" / "*.jpg")])
+    assert sorted(each.path for each in listing) == [
+        str(folder / name) for name in ("b/.hidden/three.jpg", "b/two.jpg")
+    ]
+    assert not listing.excluded
+
+
+def test_a_file_uri_is_of_this_machine() -> None:
+    assert normalize("file://localhost/a%20b") == normalize("file:///a%20b") == "/a b"
+    with pytest.raises(ValueError, match="another machine"):
+        normalize("file://elsewhere/a")
+
+
 def test_lists_of_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     expected = [str(folder / "one.jpg"), "/gone\n.jpg", "file:///caf%E9.jpg", "s3://bucket/a b%.jpg"]

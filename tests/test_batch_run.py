@@ -28,7 +28,7 @@ import batch.report
 from agegender import Predictor
 from batch.__main__ import main
 from batch.engine import quiet
-from batch.errors import IncompleteError, JobError, OutputError, SourceError, TooManyBadError
+from batch.errors import IncompleteError, JobError, OutputError, RequestError, SourceError, TooManyBadError
 from batch.listing import Input, blocks_of
 from batch.output import Output, Run
 from batch.progress import BlockReport, Progress, Tally, bad_count
@@ -69,7 +69,7 @@ class Engine:
         tally = Tally()
         scorer = Scorer(options, model, (), tally)
         done = {block for part in committed_parts(output, run)[0] for block in part.blocks}
-        left = [row for row in pq.read_table(output.manifest).to_pylist() if row["block"] not in done]
+        left = [row for row in pq.read_table(output.manifest(run)).to_pylist() if row["block"] not in done]
         parts, checkpoint = output.parts(run), output.checkpoint(run)
         for folder in (parts, checkpoint):
             os.makedirs(folder, exist_ok=True)
@@ -335,7 +335,7 @@ def test_an_append_takes_nothing_from_a_run_that_ended_while_it_tidied_up(
     """Its parts have the numbers of the new run's blocks."""
     with monkeypatch.context() as patch:
         run_file = Path(request_.out) / "_run" / "run.json"
-        patch.setattr(Output, "clear_run", lambda _: run_file.unlink(missing_ok=True))
+        patch.setattr(Output, "clear_run", lambda *_, **__: run_file.unlink(missing_ok=True))
         run_batch(request_, said.append)
     assert Output(request_.out).finished()
     assert list((Path(request_.out) / "_run").glob("*/parts/*"))
@@ -392,6 +392,32 @@ def test_overwrite_deletes_nothing_for_a_name_without_files(request_: Request, e
     with pytest.raises(SourceError, match="found no files"):
         run_batch(replace(request_, sources=mistyped, mode="overwrite"), said.append)
     assert len(pd.read_parquet(request_.out)) == 50
+
+
+@pytest.mark.parametrize("unfinished", [False, True])
+def test_overwrite_deletes_nothing_before_all_is_listed(
+    request_: Request, engine: Engine, said: list[str], tmp_path: Path, unfinished: bool
+) -> None:
+    if unfinished:
+        interrupt(request_, engine, said, after=3)
+    else:
+        run_batch(request_, said.append)
+    before = contents(Path(request_.out))
+    (tmp_path / "late.txt").write_text("words", encoding="utf-16")
+    with pytest.raises(SourceError, match="is UTF-16"):
+        run_batch(
+            replace(request_, sources=(*request_.sources, str(tmp_path / "late.txt")), mode="overwrite"), said.append
+        )
+    left = contents(Path(request_.out))
+    assert {path: left[path] for path in before} == before
+    run_batch(request_, said.append)
+    assert len(pd.read_parquet(request_.out)) == 50
+    assert not (Path(request_.out) / "_run").exists()
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """The files below a directory."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_an_overwrite_that_was_killed_while_it_deleted_leaves_no_run(
@@ -625,6 +651,17 @@ def test_dry_run_counts_and_writes_nothing(request_: Request, engine: Engine, sa
     assert ".png" in text
     assert "not_image" in text
     assert "about" in text
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"model": "README.md"}, {"options": ScoreOptions(min_score=2.0)}], ids=["model", "option"]
+)
+def test_a_dry_run_tells_of_wrong_options_before_it_lists(
+    request_: Request, said: list[str], monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+) -> None:
+    monkeypatch.setattr("batch.listing.Listing.__iter__", lambda _: pytest.fail("it was listed"))
+    with pytest.raises(RequestError):
+        run_batch(replace(request_, dry_run=True, **wrong), said.append)
 
 
 def test_a_dry_run_of_an_append_counts_what_is_new(

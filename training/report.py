@@ -49,11 +49,11 @@ _PAGE: Final = """<!doctype html>
 """
 
 
-_MEANINGS: Final = """<p>Bias: predicted minus labelled age. Within 5 years: share of the pictures whose error is no larger
-(cumulative score). Coverage: share of the age intervals that hold the labelled age, nominally {coverage:.0%}. Calibration
-error: how far the stated probabilities of gender are from the shares that are right (expected calibration error); it is
-never below 0, so that its interval lies too high. Challenge 25: share of those labelled 13 to 17 who are told to be 25 or
-older.</p>"""
+_MEANINGS: Final = """<p>Bias: predicted minus labelled age. Within 5 years: share of the pictures whose error is no
+larger (cumulative score). Coverage: share of the age intervals that hold the labelled age, nominally {coverage:.0%}.
+Calibration error: how far the stated probabilities of gender are from the shares that are right (expected calibration
+error); it is never below 0, so that its interval lies too high. Challenge 25: share of those labelled 13 to 17 who are
+told to be 25 or older.</p>"""
 
 
 @dataclass(frozen=True, eq=False)
