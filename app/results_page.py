@@ -19,6 +19,7 @@ from app.messages import literal, plain, show_error
 from app.scores import INTERVAL_WIDTH, SORTABLE, Rows, Scores, Selection, read_summary
 from app.try_page import to_csv
 from batch.errors import OutputError
+from batch.summary import time_text
 
 __all__ = ["show"]
 
@@ -102,7 +103,7 @@ def _describe_run(summary: dict[str, Any]) -> None:
             "Model": plain(f"{run['model']['name']} {run['model']['version']}"),
             "SHA-256": f"`{run['model']['sha256'][:12]}`",
             "Finished": plain(summary["finished"].replace("T", " ").replace("Z", " UTC")),
-            "Speed": f"{summary['images_per_s']:,.1f} images/s",
+            "Time": time_text(summary),
         },
         border="horizontal",
     )

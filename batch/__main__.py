@@ -185,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         dest="mode",
         action="store_const",
         const="overwrite",
-        help="first delete what this program wrote to OUT",
+        help="start anew: once all is listed, delete what this program wrote to OUT",
     )
     how.add_argument(
         "--max-bad",

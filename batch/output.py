@@ -40,6 +40,7 @@ _SUMMARY: Final[dict[str, type | tuple[type, ...]]] = {
     "statuses": dict,
     "genders": dict,
     "ages": dict,
+    "seconds": (int, float),
     "images_per_s": (int, float),
     "startup_s": (int, float),
     "slowest": list,

@@ -17,6 +17,7 @@ from agegender.spec import interval_name
 from batch.errors import OutputError
 from batch.location import read_bytes
 from batch.output import REPORT_FILE, Output
+from batch.summary import time_text
 
 __all__ = ["write_report"]
 
@@ -107,8 +108,8 @@ def _page(output: Output, summary: dict[str, Any], gathered: _Gathered) -> str:
     }
     sections = [
         f"<h1>{summary['inputs']:,} files, {summary['faces']:,} faces</h1>",
-        f"<p class=dim>{_text(', '.join(run['sources']))}<br>model {_text(model)}, finished {summary['finished']}, "
-        f"{summary['images_per_s']:,.1f} images/s<br>{_text(output.name)}</p>",
+        f"<p class=dim>{_text(', '.join(run['sources']))}<br>model {_text(model)}<br>finished "
+        f"{_text(summary['finished'])} in {time_text(summary)}<br>{_text(output.name)}</p>",
         _bars("Status", summary["statuses"]),
         _examples(gathered),
         _bars("Perceived age, years", {decade: count for decade, count in summary["ages"].items() if count}),

@@ -257,12 +257,12 @@ def _finish(
     parts, counts = committed_parts(output, run)
     watch.judge(counts.statuses)
     publish(output, run, parts, still_held)
-    done, seconds, startup_s = counts.inputs - before.inputs, time.monotonic() - started, watch.startup_s(started)
+    ended = time.monotonic()
     summary = {
         **describe(output),
-        "seconds": round(seconds, 3),
-        "startup_s": round(startup_s, 3),
-        "images_per_s": round(done / max(seconds - startup_s, 1e-3), 2) if done else 0.0,
+        "seconds": round(ended - started, 3),
+        "startup_s": round(watch.startup_s(started), 3),
+        "images_per_s": round(watch.images_per_s(counts.inputs - before.inputs, ended), 2),
         "stages_s": {stage: round(value, 3) for stage, value in watch.report.stages_s.items()},
         "slowest": [{"path": path, "seconds": round(value, 4)} for value, path in watch.report.slowest],
         "finished": now(),
@@ -294,14 +294,14 @@ class _Watch:
         self._same_command = same_command(request.mode)
         self._statuses: Counter[str] = before.copy()
         self._progress = Progress(run.inputs, before=sum(before.values()))
-        self._first: float | None = None
+        self._first: tuple[float, int] | None = None  # when there were results, and how many
         self.report = BlockReport()
 
     def see(self, report: BlockReport) -> None:
         """Takes what this call has come to so far."""
         self.report = report
         if report.statuses and self._first is None:
-            self._first = time.monotonic()
+            self._first = time.monotonic(), sum(report.statuses.values())
         self._statuses = self._before + report.statuses
         done = sum(self._statuses.values())
         self._progress.show(done, bad_count(self._statuses))
@@ -312,7 +312,14 @@ class _Watch:
         self._progress.close(sum(self._statuses.values()), bad_count(self._statuses))
 
     def startup_s(self, started: float) -> float:
-        return (self._first or started) - started
+        return self._first[0] - started if self._first else 0.0
+
+    def images_per_s(self, done: int, ended: float) -> float:
+        """Speed after the first results, of which none counts for it."""
+        if self._first is None:
+            return 0.0
+        since, first = self._first
+        return (done - first) / max(ended - since, 1e-3)
 
     def judge(self, statuses: Counter[str]) -> None:
         if self._max_bad is not None and _exceeds(self._max_bad, bad_count(statuses), sum(statuses.values())):

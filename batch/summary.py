@@ -10,10 +10,13 @@ import pyarrow.compute as pc
 
 from batch.progress import GOOD, bad_count
 
-__all__ = ["Counts", "summary_text"]
+__all__ = ["Counts", "bad_text", "summary_text", "time_text"]
 
 _DECADES: Final = 12
 _BAR: Final = 30
+
+# In less, the end of a run weighs more than its images.
+_STEADY_S: Final = 5
 
 
 @dataclass
@@ -68,10 +71,18 @@ def summary_text(summary: dict[str, Any], where: str) -> str:
     if summary["run"].get("excluded"):
         left_out = (f"{count:,} {reason}" for reason, count in summary["run"]["excluded"].items())
         lines.append(f"left out  {', '.join(left_out)}")
-    if summary.get("images_per_s"):
-        lines.append(f"speed     {summary['images_per_s']:,.1f} images/s, after {summary['startup_s']:,.1f} s to start")
+    if summary.get("seconds"):
+        lines.append(f"time      {time_text(summary)}")
     lines.append(f"output    {where}")
     return "\n".join(lines)
+
+
+def time_text(summary: dict[str, Any]) -> str:
+    """How long the last call took, and how fast it was if that can be told."""
+    text = f"{summary['seconds']:,.1f} s, of which {summary['startup_s']:,.1f} s to start"
+    if summary["seconds"] - summary["startup_s"] < _STEADY_S:
+        return text
+    return f"{text}, then {summary['images_per_s']:,.1f} images/s"
 
 
 def bad_text(statuses: dict[str, int]) -> str:

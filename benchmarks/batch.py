@@ -208,7 +208,7 @@ def _job(contestant: str, model: Path | None = None) -> Callable[[Bench, str, li
         first = ended - summary["seconds"] + summary["startup_s"]
         count, rate = summary["inputs"], summary["images_per_s"]
         stages_ms = {stage: 1000 * seconds / count for stage, seconds in summary["stages_s"].items()}
-        stages_ms["rest"] = 1000 * bench.options.workers / rate - sum(stages_ms.values())
+        stages_ms["rest"] = 1000 * bench.options.workers / rate - sum(stages_ms.values()) if rate else 0.0
         cpu_ms = 1000 * run.cpu_after(first) / count
         return Measurement(workload, 0, contestant, rate, cpu_ms, None, first - run.began, stages_ms)
 

@@ -312,7 +312,14 @@ class TestResults:
 
         output = Output(str(out))
         run = Run("0" * 8, now(), "1", {"name": "a*b", "version": "1", "sha256": "0" * 64}, {}, ["photos"], 4, 1)
-        figures = {"images_per_s": 12.0, "startup_s": 1.0, "slowest": [], "finished": now(), "run": asdict(run)}
+        figures = {
+            "seconds": 9.0,
+            "images_per_s": 12.0,
+            "startup_s": 1.0,
+            "slowest": [],
+            "finished": now(),
+            "run": asdict(run),
+        }
         app = results_page(out)
         assert "No finished run" in told(app)
         output.finish({**describe(output), **figures})
