@@ -36,7 +36,7 @@ class Client:
     """Predicts by a server. Keeps its connections open, and may be shared between threads.
 
     Attributes:
-        about: name, version and sha256 of the model that gave the last answer; empty before the first.
+        about: `ModelSpec.identity` of the model that gave the last answer; empty before the first.
     """
 
     def __init__(
@@ -73,10 +73,11 @@ class Client:
         if not server.startswith(("http://", "https://")):
             raise ValueError(f"the server's address must begin with http:// or https://, not {server!r}")
         self.server = server.rstrip("/")
-        self.about: dict[str, str] = {}
+        self.about: dict[str, Any] = {}
         self._options = urlencode({"faces": faces, "min_score": min_score, "max_faces": max_faces})
         self._key = key and key.strip()
         self._key_file = DEFAULT_KEY_FILE if key is None and key_file is None and _is_here(server) else key_file
+        self._key_file_is_given = key_file is not None
         self._retries = retries
         self._timeout = urllib3.Timeout(connect=connect_timeout_s, read=answer_timeout_s)
         self._pool = urllib3.PoolManager(maxsize=16)
@@ -92,7 +93,8 @@ class Client:
 
         Raises:
             TypeError: one item was given instead of several.
-            ServerError: the server cannot be reached, refuses the token, or is out of order.
+            ServerError: the server cannot be reached, refuses the token, or is out of order; or the token or the given
+                file of tokens is none.
         """
         return [self._predict(item) for item in as_items(items)]
 
@@ -101,6 +103,9 @@ class Client:
         self._pool.clear()
 
     def _predict(self, item: Item) -> ImageResult:
+        if not isinstance(item.data, bytes | bytearray | memoryview):  # the predictor's own words
+            wrong = TypeError(f"an image is given as the bytes of its file, not as {type(item.data).__name__}")
+            return ImageResult.from_error(item.path, wrong)
         key = self._key or self._read_key()
         status, answer = self._post(item.data, key)
         # Compared with the key that was sent: another thread may have read the file already.
@@ -109,7 +114,7 @@ class Client:
         if status == 200:
             return self._result(item, answer)
         if (error := _error(answer)) and error.get("code") in _IMAGE_ERRORS:
-            return ImageResult(item.path, error["code"], error["message"])
+            return ImageResult(item.path, error["code"], error["message"], error.get("width"), error.get("height"))
         if status == 413:
             return ImageResult(item.path, "too_large", f"the server takes no {len(item.data)} bytes; shrink the image")
         raise ServerError(_explain(self.server, status, answer))
@@ -127,7 +132,7 @@ class Client:
         url = f"{self.server}/models/agegender/invoke?{self._options}"
         headers = {"Content-Type": "application/octet-stream"}
         if key:
-            headers["Authorization"] = f"Bearer {key}"
+            headers["Authorization"] = f"Bearer {_checked(key)}"
         try:
             response = self._pool.request(
                 "POST", url, body=data, headers=headers, timeout=self._timeout, retries=self._retry()
@@ -153,12 +158,18 @@ class Client:
         )
 
     def _read_key(self) -> str | None:
-        """The file's key, which is the one in use from now on; None where there is none."""
+        """The file's key, which is the one in use from now on; None where there is none.
+
+        Raises:
+            ServerError: the caller named a file that holds none.
+        """
         if self._key_file is None:
             return None
         try:
-            self._key = key = str(json.loads(self._key_file.read_text())["inference"]["key"])
-        except (OSError, ValueError, KeyError, TypeError):
+            self._key = key = str(json.loads(self._key_file.read_text())["inference"]["key"]).strip()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if self._key_file_is_given:
+                raise ServerError(f"cannot read {self._key_file}: {_why_no_key(error)}") from error
             return None
         return key
 
@@ -188,6 +199,19 @@ def _is_here(server: str) -> bool:
         return False
 
 
+def _checked(key: str) -> str:
+    """The same key; HTTP's own errors would print it."""
+    if not (key.isascii() and key.isprintable()):
+        raise ServerError("the token holds characters that no token has; give the inference key of key_file.json")
+    return key
+
+
+def _why_no_key(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    return "it is no JSON" if isinstance(error, ValueError) else "it holds no inference key"
+
+
 def _says_old_key(answer: Mapping[str, Any]) -> bool:
     return answer.get("type") in ("InvalidKeyException", "TokenAuthorizationException")
 
@@ -202,6 +226,8 @@ def _reason(error: Exception) -> str:
     cause = getattr(error, "reason", None) or error
     if isinstance(cause, urllib3.exceptions.ReadTimeoutError):
         return "no answer in time"
+    if isinstance(cause, urllib3.exceptions.NameResolutionError):
+        return "unknown host"
     if isinstance(cause, urllib3.exceptions.NewConnectionError):
         return "connection refused"
     return type(cause).__name__

@@ -82,9 +82,7 @@ def _serve(options: argparse.Namespace) -> int:
         return _run(server, options.timeout)
     if options.command == "start":
         server.start(options.timeout)
-        print(
-            f"{server.describe()}\nserving on {server.settings.get('inference_address')}; the keys are in key_file.json"
-        )
+        print(f"{server.describe()}\nserving on {server.address('inference')}; the keys are in key_file.json")
     elif options.command == "stop":
         print("stopped" if server.stop() else "no server was running")
     elif options.command == "status":

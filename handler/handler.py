@@ -59,8 +59,7 @@ class AgeGenderHandler:
         self._predictor = lru_cache(maxsize=8)(self._new_predictor)  # few, since each option is a detector of its own
         self._cores = core_count()
         self._threads = ThreadPoolExecutor(self._cores)
-        spec = self._model.spec
-        self._about = {"name": spec.name, "version": spec.version, "sha256": self._model.sha256}
+        self._about = self._model.spec.identity(self._model.sha256)
         self._predictor(*_detection(Options()))
         _quiet_log()
 
@@ -126,10 +125,13 @@ class AgeGenderHandler:
         """The answer's text; its status and type go to the context."""
         status = 200
         if isinstance(answer, RequestError):
-            status, answer = answer.status, {"error": {"code": answer.code, "message": answer.message}}
+            error = {"code": answer.code, "message": answer.message, **answer.details}
+            status, answer = answer.status, {"error": error}
         self._metrics.count_answer(status)
         context.set_response_status(code=status, phrase=HTTPStatus(status).phrase, idx=index)
         context.set_response_content_type(index, "application/json")
+        if not _headers(context, index):  # gRPC, whose StreamPredictions kills the worker unless told that this is all
+            context.set_response_header(index, "ts_stream_next", "false")
         return json.dumps(answer)
 
     def _new_predictor(self, faces: FacesMode, min_score: float, max_faces: int) -> Predictor:
@@ -200,7 +202,7 @@ def _error(request: Request, results: Sequence[ImageResult]) -> RequestError | N
     if request.options.require_face:
         for result in results:
             if result.status == "no_face":
-                which = repr(result.path) if result.path else "the image"
+                which = repr(_cut(result.path)) if result.path else "the image"
                 return RequestError(422, "no_face", f"no face was found in {which}; send one, or lower min_score")
     return None
 
@@ -208,9 +210,15 @@ def _error(request: Request, results: Sequence[ImageResult]) -> RequestError | N
 def _image_error(result: ImageResult) -> RequestError:
     result = _for_callers(result)
     advice = _ADVICE.get(result.status)
-    where = f"{result.path}: " if result.path else ""
+    where = f"{_cut(result.path)}: " if result.path else ""
     message = f"{where}{result.error}; {advice}" if advice else f"{where}{result.error}"
-    return RequestError(_HTTP_STATUS.get(result.status, 500), result.status, message)
+    size = {"width": result.width, "height": result.height} if result.width else {}
+    return RequestError(_HTTP_STATUS.get(result.status, 500), result.status, message, **size)
+
+
+def _cut(path: str) -> str:
+    """Callers send any text as a name, and people read the message."""
+    return path if len(path) <= 80 else f"{path[:80]}..."
 
 
 def _for_callers(result: ImageResult) -> ImageResult:

@@ -5,9 +5,10 @@ import binascii
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Final, Literal
 
-from agegender import AgeGenderError, Item
+from agegender import AgeGenderError, Item, NotAnImageError
 from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE
 from agegender.image import read_header
 from agegender.result import FacesMode
@@ -25,6 +26,8 @@ _MAX_NAME: Final = 1024
 _MAX_JSON_PARTS: Final = 10_000  # parsed, a body of small parts takes twenty times its size
 
 _BODY: Final = "body"  # TorchServe's name for a body that is no form
+_FORMS: Final = ("multipart/form-data", "application/x-www-form-urlencoded")
+_MAX_OPTION_BYTES: Final = 64  # of a value that may have been meant for an option
 
 
 class RequestError(Exception):
@@ -34,13 +37,15 @@ class RequestError(Exception):
         status: HTTP status.
         code: what programs distinguish it by.
         message: one sentence for people: what was wrong and what to do.
+        details: what else the answer says of it.
     """
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, **details: object) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
+        self.details = details
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,7 @@ OPTIONS: Final[Mapping[str, Callable[[str, str], object]]] = {
 }
 _HELP: Final = f"the options are {', '.join(OPTIONS)}"
 _JSON_HELP: Final = 'send {"instances": [{"data": "<base64>"}]}'
+_UNTOLD_JSON: Final = "the request looks like JSON; send it with Content-Type: application/json"
 
 
 @dataclass(frozen=True)
@@ -141,13 +147,12 @@ def parse_request(row: Mapping[str, Any], headers: Mapping[str, str]) -> Request
         RequestError: 400 for a request that makes no sense, 413 for one that is too large.
     """
     content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if _BODY not in row or content_type == "multipart/form-data":  # which may have a field of that name
-        _check_all_parts_arrived(row, headers)
-        request = _from_form(row)
+    if _BODY not in row or content_type in _FORMS:  # which may have a field of that name
+        request = _from_form(row, headers)
     elif _is_json(row[_BODY], content_type):
         request = _from_json(row)
     else:
-        request = Request((_image(row[_BODY], ""),), _options(row), "object")
+        request = _from_body(row)
     _check_pixels(request.items)
     _check_faces(len(request.items) * request.options.max_faces)
     return request
@@ -155,20 +160,20 @@ def parse_request(row: Mapping[str, Any], headers: Mapping[str, str]) -> Request
 
 def _is_json(body: Any, content_type: str) -> bool:
     """Whether TorchServe decoded the body, or was told that it is JSON."""
-    return isinstance(body, dict | list) or content_type == "application/json"
+    return isinstance(body, dict | list) or content_type == "application/json" or content_type.endswith("+json")
 
 
 def _check_all_parts_arrived(row: Mapping[str, Any], headers: Mapping[str, str]) -> None:
     """TorchServe keeps one field per name and drops the others silently; the length of the form tells.
 
     Beside its value a part takes its boundary, its name, 101 bytes (of curl, urllib3 and browsers) and the name of its
-    file, which does not arrive: 69 bytes are allowed for it, a SHA-256 with an ending, or as many as the field's name.
+    file, which does not arrive: 180 bytes are allowed for it, 60 characters of Japanese, or those of the field's name.
     """
     values = [value.encode() if isinstance(value, str) else value for value in row.values()]
     if not all(isinstance(value, bytes | bytearray) for value in values):
         return  # how long they were is gone with TorchServe's parsing of JSON, and no field may be JSON
     boundary = headers.get("content-type", "").lower().partition("boundary=")[2]
-    arrived = sum(map(len, values)) + sum(len(boundary) + 2 * len(name.encode()) + 170 for name in row)
+    arrived = sum(map(len, values)) + sum(len(boundary) + 2 * len(name.encode()) + 281 for name in row)
     length = headers.get("content-length", "")
     if length.isdecimal() and int(length) > arrived + 256:
         raise RequestError(
@@ -179,13 +184,50 @@ def _check_all_parts_arrived(row: Mapping[str, Any], headers: Mapping[str, str])
         )
 
 
-def _from_form(row: Mapping[str, Any]) -> Request:
+def _from_form(row: Mapping[str, Any], headers: Mapping[str, str]) -> Request:
     """Every field that is no option is an image, named by its field."""
-    texts = {name: _text(name, value) for name, value in row.items() if name in OPTIONS}
-    items = tuple(_image(value, name) for name, value in row.items() if name not in OPTIONS)
-    if not items:
+    images = {name: value for name, value in row.items() if name not in OPTIONS}
+    if not images:
         raise RequestError(400, "no_image", "the request holds no image; send it as the body or as a field of a form")
-    return Request(items, Options.parse(texts), "object" if len(items) == 1 else "list")
+    _check_count(len(images))  # first, since a form may have a million
+    _check_all_parts_arrived(row, headers)
+    _check_meant_as_images(images)
+    options = Options.parse({name: _text(name, row[name]) for name in OPTIONS if name in row})
+    items = tuple(_image(value, name) for name, value in images.items())
+    return Request(items, options, "object" if len(items) == 1 else "list")
+
+
+def _check_meant_as_images(fields: Mapping[str, Any]) -> None:
+    """A misspelt option would be a broken image among the others, and so would JSON that was announced as a form."""
+    for name, value in fields.items():
+        if name.startswith("{") and not _is_image(value):
+            raise RequestError(400, "bad_json", _UNTOLD_JSON)
+        if len(fields) > 1 and _may_be_option(name, value) and not _is_image(value):
+            raise RequestError(400, "unknown_option", f"field {name!r} is neither option nor image; {_HELP}")
+
+
+def _may_be_option(name: str, value: Any) -> bool:
+    """Not where the value is a text: then a file was announced as one. Nor where it is empty, as a file may be."""
+    is_short = isinstance(value, bytes | bytearray) and 0 < len(value) < _MAX_OPTION_BYTES
+    return is_short and bool(get_close_matches(name.lower(), OPTIONS))
+
+
+def _is_image(value: Any) -> bool:
+    """Also a damaged one."""
+    try:
+        read_header(value)
+    except (NotAnImageError, TypeError):
+        return False
+    except AgeGenderError:
+        return True
+    return True
+
+
+def _from_body(row: Mapping[str, Any]) -> Request:
+    body = row[_BODY]
+    if isinstance(body, bytes | bytearray | str) and body[:1] in (b"{", "{"):
+        raise RequestError(400, "bad_json", _UNTOLD_JSON)
+    return Request((_image(body, ""),), _options(row), "object")
 
 
 def _from_json(row: Mapping[str, Any]) -> Request:

@@ -32,6 +32,7 @@ KEY_FILE: Final = "key_file.json"
 _LOG: Final = Path("logs/torchserve.log")
 _START_LOG: Final = Path("logs/start.log")  # what it prints before it writes its own
 _JAVA_MAIN: Final = "org.pytorch.serve.ModelServer"
+_ADDRESSES: Final = {"inference": "http://127.0.0.1:8080", "management": "http://127.0.0.1:8081"}  # TorchServe's own
 
 ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that ask a process to end."""
@@ -152,6 +153,10 @@ class Server:
             for each in versions
         )
 
+    def address(self, api: str) -> str:
+        """Where an API listens: `inference` or `management`."""
+        return self.settings.get(f"{api}_address", _ADDRESSES[api])
+
     def key(self, name: str) -> str:
         """A token: `inference`, `management` or `API`; empty where there is none."""
         try:
@@ -212,9 +217,10 @@ class Server:
     def _last_words(self) -> str:
         """The last line that tells of an error, of what this start wrote to the server's log or printed."""
         for log, old_bytes in ((self.directory / _LOG, self._old_log_bytes), (self.directory / _START_LOG, 0)):
-            for line in reversed(_lines_after(log, old_bytes)):
-                if _TELLING.search(line):
-                    return f"{line.strip()[-300:]} (more in {log})"
+            if telling := [line for line in reversed(_lines_after(log, old_bytes)) if _TELLING.search(line)]:
+                # Of a port in use, its threads' complaints follow.
+                line = min(telling, key=lambda each: each.startswith("Exception in thread"))
+                return f"{line.strip()[-300:]} (more in {log})"
         return f"see {self.directory / _LOG}"
 
     def _drain(self, workers: list[psutil.Process], deadline: float) -> None:
@@ -230,12 +236,13 @@ class Server:
         """What the management API says of each version of the model; empty while it cannot."""
         try:
             status, body = self._get("management", f"/models/{MODEL_NAME}/all")
-        except (OSError, HTTPException):
+            versions = json.loads(body) if status == 200 else []
+        except (OSError, HTTPException, json.JSONDecodeError, UnicodeDecodeError):  # the last two: it is another server
             return []
-        return json.loads(body) if status == 200 else []
+        return versions if isinstance(versions, list) else []
 
     def _get(self, api: str, path: str) -> tuple[int, bytes]:
-        address = urlsplit(self.settings.get(f"{api}_address", "http://127.0.0.1:8080"))
+        address = urlsplit(self.address(api))
         connection = HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=5)
         try:
             connection.request("GET", path, headers={"Authorization": f"Bearer {self.key(api)}"})

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from agegender import ImageResult, Item, ServerError
+from agegender import ImageResult, Item, Predictor, ServerError
 from agegender.client import Client
 from agegender.records import to_json
 
@@ -199,10 +199,37 @@ def test_threads_that_were_refused_at_once_all_take_the_new_key(scripted: Any, c
         assert list(pool.map(lambda data: client.predict([data]), [b"1", b"2"])) == [[RESULT], [RESULT]]
 
 
-def test_a_key_may_come_with_its_line_end(scripted: Any, connect: Any) -> None:
-    script = scripted((200, ANSWER))
+def test_a_key_may_come_with_its_line_end(scripted: Any, connect: Any, tmp_path: Path) -> None:
+    script = scripted((200, ANSWER), (200, ANSWER))
     connect(script, key="k\n").predict([b"1"])
-    assert script.requests[0][1] == "Bearer k"
+    (keys := tmp_path / "keys").write_text(json.dumps({"inference": {"key": "k\n"}}))
+    connect(script, key=None, key_file=keys).predict([b"1"])
+    assert [key for _, key, _ in script.requests] == ["Bearer k", "Bearer k"]
+
+
+@pytest.mark.parametrize("key", ["ключ-geheim", "ab\ncd-geheim"])
+@pytest.mark.parametrize("in_file", [False, True], ids=["given", "in the file"])
+def test_a_key_that_is_none_is_refused_and_not_told(connect: Any, tmp_path: Path, key: str, in_file: bool) -> None:
+    keys = tmp_path / "key_file.json"
+    keys.write_text(json.dumps({"inference": {"key": key}}))
+    given = {"key": None, "key_file": keys} if in_file else {"key": key}
+    with pytest.raises(ServerError, match="characters that no token has") as caught:
+        connect(Script([], address="http://127.0.0.1:9"), **given).predict([b"1"])
+    assert "geheim" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "No such file or directory"), ("no JSON", "it is no JSON"), ("{}", "it holds no inference key")],
+)
+def test_a_key_file_that_was_given_must_hold_a_key(
+    connect: Any, tmp_path: Path, content: str | None, reason: str
+) -> None:
+    keys = tmp_path / "keys"
+    if content is not None:
+        keys.write_text(content)
+    with pytest.raises(ServerError, match=f"cannot read {keys}: {reason}"):
+        connect(Script([], address="http://127.0.0.1:9"), key=None, key_file=keys).predict([b"1"])
 
 
 def test_the_key_file_here_is_for_this_machine_alone(
@@ -248,6 +275,29 @@ def test_an_image_that_fails_carries_its_error(scripted: Any, connect: Any) -> N
         ("c", "failed"),
         ("d", "no_face"),
     ]
+
+
+@pytest.mark.parametrize("item", ["two.jpg", None, Item("two.jpg", "a")])
+def test_what_is_no_bytes_fails_as_in_the_predictor(
+    scripted: Any, connect: Any, predictor: Predictor, item: Any
+) -> None:
+    script = scripted()
+    assert connect(script).predict([item]) == predictor.predict([item])
+    assert script.requests == []
+
+
+def test_the_size_of_an_image_that_is_too_large_is_told(scripted: Any, connect: Any) -> None:
+    script = scripted((413, {"error": {"code": "too_large", "message": "m", "width": 9000, "height": 8000}}))
+    assert connect(script).predict([Item(b"1", "a")]) == [ImageResult("a", "too_large", "m", 9000, 8000)]
+
+
+def test_a_host_that_nobody_knows(connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    with pytest.raises(ServerError, match="unknown host"):
+        connect(Script([], address="http://no-such-host.invalid:8080"), retries=1).predict([b"1"])
 
 
 def test_a_server_that_is_not_there(scripted: Any, connect: Any, unused_address: str) -> None:

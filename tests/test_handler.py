@@ -50,6 +50,7 @@ class Context:
         self.metrics = MetricsCache()
         self.headers: dict[int, dict[str, str]] = {}
         self.statuses: dict[int, int] = {}
+        self.response_headers: dict[int, dict[str, str]] = {}
 
     def get_all_request_header(self, index: int) -> dict[str, str]:
         return self.headers.get(index, {})
@@ -59,6 +60,9 @@ class Context:
 
     def set_response_content_type(self, index: int, value: str) -> None:
         assert value == "application/json"
+
+    def set_response_header(self, index: int, key: str, value: str) -> None:
+        self.response_headers.setdefault(index, {})[key] = value
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +120,23 @@ def test_an_image_among_others_that_fails_carries_its_error(
     assert (good["path"], good["status"], good["faces"]) == ("good", "ok", 2)
     assert (bad["path"], bad["status"], bad["faces"]) == ("bad", "unreadable", 0)
     assert "damaged JPEG" in bad["error"]
+
+
+def test_a_message_cuts_the_long_name_of_its_image(
+    handler: AgeGenderHandler, context: Context, blank_png: bytes
+) -> None:
+    rows = [{"a" * 1000: b"no image"}, {"a" * 1000: blank_png, "require_face": b"1"}]
+    for answer in map(json.loads, handler.handle(rows, context)):
+        assert "a" * 80 + "..." in answer["error"]["message"]
+        assert len(answer["error"]["message"]) < 300
+
+
+def test_an_answer_over_grpc_is_the_last_of_its_request(
+    handler: AgeGenderHandler, context: Context, blank_png: bytes
+) -> None:
+    context.headers[1] = {"Content-Type": "image/png"}  # HTTP
+    handler.handle([{"data": blank_png}, {"body": blank_png}], context)
+    assert context.response_headers == {0: {"ts_stream_next": "false"}}
 
 
 def test_a_failure_of_ours_is_told_to_the_log_alone(

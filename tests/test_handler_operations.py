@@ -88,6 +88,8 @@ def test_the_proxy_passes_predictions_with_their_options_and_nothing_else(
         assert [face.age for face in from_json(json.loads(response.data)).faces] == pytest.approx([one.faces[0].age])
     assert http.request("POST", f"{proxy}/predictions/agegender", body=group_jpeg).status == 400
     assert http.request("POST", f"{proxy}/predictions/agegender", body=bytes(25 * 2**20), headers=headers).status == 413
+    web_form = {**headers, "Content-Type": "application/x-www-form-urlencoded; charset=utf-8"}
+    assert http.request("POST", f"{proxy}/predictions/agegender", body=b"a=1", headers=web_form).status == 415
     for path in ("/models", "/ping", "/metrics", "/", "/api-description", "/predictions/other"):
         assert http.request("GET", proxy + path, headers=headers).status == 404
     with ThreadPoolExecutor(32) as pool:

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import urllib3
+from PIL import Image
 
 from handler.request import MAX_FACES, MAX_IMAGE_BYTES, MAX_IMAGES, Options, RequestError, parse_request
 
 JSON = {"content-type": "application/json"}
+URLENCODED = {"content-type": "application/x-www-form-urlencoded"}
+IMAGE = bytes(64)  # longer than what may be meant for an option
 
 
 def as_json(document: Any) -> dict[str, Any]:
@@ -37,8 +40,8 @@ def test_options_come_beside_the_body_in_the_form_or_in_the_document() -> None:
 
 
 def test_form_fields_are_images_named_by_their_field_and_in_order() -> None:
-    request = parse_request({"b": b"1", "a": b"2", "faces": b"whole"}, {})
-    assert [(item.path, item.data) for item in request.items] == [("b", b"1"), ("a", b"2")]
+    request = parse_request({"b": IMAGE, "a": b"2" + IMAGE, "faces": b"whole"}, {})
+    assert [(item.path, item.data) for item in request.items] == [("b", IMAGE), ("a", b"2" + IMAGE)]
     assert request.form == "list"
 
 
@@ -50,9 +53,49 @@ def test_instances_are_images_in_order_with_their_paths(decoded: bool) -> None:
     assert request.form == "predictions"
 
 
-def test_json_is_known_by_its_type_whatever_the_spelling() -> None:
-    request = parse_request(as_json(instance(b"1")), {"content-type": "Application/JSON; charset=utf-8"})
+@pytest.mark.parametrize("content_type", ["Application/JSON; charset=utf-8", "application/vnd.api+json"])
+def test_json_is_known_by_its_type_whatever_the_spelling(content_type: str) -> None:
+    request = parse_request(as_json(instance(b"1")), {"content-type": content_type})
     assert request.items[0].data == b"1"
+
+
+@pytest.mark.parametrize(
+    ("row", "headers"),
+    [
+        ({"body": bytearray(b'{"instances": []}')}, {}),
+        ({"body": '{"instances": []}'}, {"content-type": "text/plain"}),
+        ({'{"data": "AAAA"}': b""}, URLENCODED),
+        ({'{"instances":[{"data":"AAAA': b'="},{"data":"' + b"A" * 999 + b'"}]}'}, URLENCODED),
+        ({'{"instances":[{"path":"a': b"", 'b","data":"AAAA"}]}': b""}, URLENCODED),
+    ],
+    ids=["raw", "text", "urlencoded", "with an =", "with an &"],
+)
+def test_json_that_is_not_announced_is_refused_with_what_to_announce(row: Any, headers: dict[str, str]) -> None:
+    with pytest.raises(RequestError, match="send it with Content-Type: application/json") as caught:
+        parse_request(row, headers)
+    assert (caught.value.status, caught.value.code) == (400, "bad_json")
+
+
+@pytest.mark.parametrize("name", ["max_face", "Faces", "minscore", "max-faces"])
+def test_a_misspelt_option_of_a_form_is_no_image(name: str) -> None:
+    with pytest.raises(RequestError, match=f"'{name}' is neither option nor image; the options are faces") as caught:
+        parse_request({"photo": IMAGE, name: b"5"}, {})
+    assert (caught.value.status, caught.value.code) == (400, "unknown_option")
+
+
+def test_what_may_be_a_file_is_an_image_however_small(encode: Any) -> None:
+    pixel = Image.new("RGB", (1, 1))
+    smallest = encode(pixel, "WEBP", lossless=True)
+    assert len(smallest) < 64
+    images = {
+        "words": b"hello",
+        "max_fac": smallest,
+        "min_scor": encode(pixel, "JPEG")[:10],
+        "face": "5",
+        "max_face": b"",
+    }
+    assert [item.path for item in parse_request(images, {}).items] == list(images)
+    assert parse_request({"max_face": b"5"}, {}).items[0].data == b"5"  # alone it is what the request is about
 
 
 @pytest.mark.parametrize(
@@ -77,7 +120,8 @@ def test_json_is_known_by_its_type_whatever_the_spelling() -> None:
         (as_json({"data": "abc"}), JSON, 400, "bad_base64"),
         (as_json({"data": "ü"}), JSON, 400, "bad_base64"),
         (as_json({"instances": [instance(b"1")] * (MAX_IMAGES + 1)}), JSON, 413, "too_large"),
-        ({**{str(index): b"1" for index in range(64)}, "max_faces": b"101"}, {}, 413, "too_large"),
+        ({**{str(index): IMAGE for index in range(64)}, "max_faces": b"101"}, {}, 413, "too_large"),
+        ({str(index): b"1" for index in range(65)}, {}, 413, "too_large"),
         ({"body": b"1", "nonsense": "1"}, {}, 400, "unknown_option"),
         ({"body": b"1", "faces": "all"}, {}, 400, "bad_option"),
         ({"body": b"1", "min_score": "nan"}, {}, 400, "bad_option"),
@@ -107,30 +151,38 @@ def form(parts: list[tuple[str, Any]]) -> dict[str, str]:
 
 
 def test_a_field_of_a_form_may_be_called_body() -> None:
-    parts = {"body": ("1.jpg", b"1"), "b": ("2.jpg", b"2")}
-    request = parse_request({name: data for name, (_, data) in parts.items()}, form(list(parts.items())))
-    assert [(item.path, item.data) for item in request.items] == [("body", b"1"), ("b", b"2")]
+    parts = {"body": ("1.jpg", IMAGE), "b": ("2.jpg", IMAGE)}
+    row = {name: data for name, (_, data) in parts.items()}
+    for headers in (form(list(parts.items())), URLENCODED):
+        assert [item.path for item in parse_request(row, headers).items] == ["body", "b"]
+
+
+def test_a_form_of_a_million_fields_is_counted_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("handler.request._image", None)
+    monkeypatch.setattr("handler.request._check_all_parts_arrived", None)
+    with pytest.raises(RequestError, match="1000000 images are over the limit of 64"):
+        parse_request(dict.fromkeys(map(str, range(1_000_000)), b"1"), URLENCODED)
 
 
 def test_a_form_that_lost_an_image_is_refused() -> None:
     parts = [(f"field{index}", (f"{index}.jpg", bytes(5000))) for index in range(10)]
-    headers = form([*parts, ("field9", ("10.jpg", bytes(1000)))])
+    headers = form([*parts, ("field9", ("10.jpg", bytes(2500)))])
     with pytest.raises(RequestError, match="fields of the form share a name"):
         parse_request({name: data for name, (_, data) in parts}, headers)
 
 
-@pytest.mark.parametrize("name", ["é", "a" * 64], ids=["short", "SHA-256"])
+@pytest.mark.parametrize("name", ["é", "a" * 64, "写" * 55], ids=["short", "SHA-256", "60 characters of Japanese"])
 def test_a_whole_form_is_not_taken_for_one_that_lost_a_part(name: str) -> None:
-    parts = {f"{index}": (f"{name}.webp", b"x", "application/octet-stream") for index in range(64)}
-    assert len(parse_request(dict.fromkeys(parts, b"x"), form(list(parts.items()))).items) == 64
-    named_alike = {f"{name}{index}.webp": (f"{name}{index}.webp", b"x") for index in range(64)}
-    assert len(parse_request(dict.fromkeys(named_alike, b"x"), form(list(named_alike.items()))).items) == 64
+    parts = {f"{index}": (f"{name}.webp", IMAGE, "application/octet-stream") for index in range(64)}
+    assert len(parse_request(dict.fromkeys(parts, IMAGE), form(list(parts.items()))).items) == 64
+    named_alike = {f"{name}{index}.webp": (f"{name}{index}.webp", IMAGE) for index in range(64)}
+    assert len(parse_request(dict.fromkeys(named_alike, IMAGE), form(list(named_alike.items()))).items) == 64
 
 
 @pytest.mark.parametrize("value", [5, None, [1], {"data": "x" * 900}], ids=["number", "null", "list", "object"])
 def test_a_json_field_of_a_form_is_refused_as_such(value: Any) -> None:
     with pytest.raises(RequestError, match="is JSON") as caught:
-        parse_request({"a": value, "b": b"2"}, form([("a", ("1.json", b"0" * 2000)), ("b", ("2.jpg", b"2"))]))
+        parse_request({"a": value, "b": IMAGE}, form([("a", ("1.json", b"0" * 2000)), ("b", ("2.jpg", IMAGE))]))
     assert caught.value.status == 400
 
 
@@ -141,7 +193,7 @@ def test_a_text_part_counts_by_its_bytes() -> None:
 
 
 def test_the_faces_of_all_images_together_are_bounded() -> None:
-    most = {"instances": [instance(b"1")] * 6, "parameters": {"max_faces": MAX_FACES}}
+    most: dict[str, Any] = {"instances": [instance(b"1")] * 6, "parameters": {"max_faces": MAX_FACES}}
     assert len(parse_request(as_json(most), JSON).items) == 6
     with pytest.raises(RequestError, match="7000, over the limit of 6400; lower max_faces"):
         parse_request(as_json({**most, "instances": most["instances"] + [instance(b"1")]}), JSON)
@@ -149,8 +201,6 @@ def test_the_faces_of_all_images_together_are_bounded() -> None:
 
 
 def test_the_pixels_of_all_images_together_are_bounded(encode: Any) -> None:
-    from PIL import Image
-
     large = encode(Image.new("L", (6000, 5000)), "PNG")
     with pytest.raises(RequestError, match=r"60\.0 megapixels in one request"):
         parse_request({"a": large, "b": large}, {})

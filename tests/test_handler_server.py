@@ -118,6 +118,31 @@ def test_errors_of_earlier_runs_are_not_told_of_this_one(stopped: Server) -> Non
     assert "short" in stopped._last_words()
 
 
+def test_the_cause_of_a_failed_start_is_told_and_not_what_its_threads_say_of_it(stopped: Server) -> None:
+    log = stopped.directory / "logs" / "start.log"
+    log.parent.mkdir()
+    log.write_text("Caused by: NativeIoException: Address already in use\nException in thread XError: terminated\n")
+    assert "Address already in use" in stopped._last_words()
+    log.write_text("Exception in thread XError: terminated\n")
+    assert "terminated" in stopped._last_words()
+
+
+@pytest.mark.parametrize("body", [b"hello", b"\xff", b"{}", b"5"])
+def test_another_server_on_the_management_port_is_none_of_ours(
+    stopped: Server, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, body: bytes
+) -> None:
+    monkeypatch.chdir(stopped.directory)
+    monkeypatch.setattr(Server, "_get", lambda *_: (200, body))
+    assert main(["ready", "--config", str(stopped.config)]) == 1
+    assert main(["status", "--config", str(stopped.config)]) == 0
+    assert capsys.readouterr().out == "no\nstopped\n"
+
+
+def test_an_address_that_is_not_set_is_torchserves_own(stopped: Server) -> None:
+    stopped.settings.clear()
+    assert [stopped.address(api)[-5:] for api in ("inference", "management")] == [":8080", ":8081"]
+
+
 def test_an_interrupted_command_ends_without_a_traceback(stopped: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -3,10 +3,13 @@
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,17 +20,32 @@ from agegender import ImageResult, Item, Predictor
 from agegender.__main__ import main
 from agegender.client import Client
 from agegender.records import from_json
-from handler.server import KEY_FILE, Server
+from handler.server import KEY_FILE, Server, ServingError
 from handler.stubs import build_stubs
 from tests.hostile import PREDICTIONS, Ask, assert_survives, hostile_requests, kserve
 
 KSERVE = "/v1/models/agegender:predict"
 INVOKE = "/models/agegender/invoke"
+URLENCODED = {"content-type": "application/x-www-form-urlencoded"}
 
 
 @pytest.fixture(scope="module")
 def http() -> urllib3.PoolManager:
     return urllib3.PoolManager(retries=False, timeout=60)
+
+
+@pytest.fixture
+def grpc(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The gRPC API as its stubs give it, its requests, and the token that it asks for."""
+    monkeypatch.syspath_prepend(str(build_stubs(tmp_path)))
+    library, messages, services = map(importlib.import_module, ("grpc", "inference_pb2", "inference_pb2_grpc"))
+    with library.insecure_channel(f"127.0.0.1:{server.settings['grpc_inference_port']}") as channel:
+        yield SimpleNamespace(
+            api=services.InferenceAPIsServiceStub(channel),
+            request=lambda image: messages.PredictionsRequest(model_name="agegender", input={"data": image}),
+            call={"metadata": (("authorization", f"Bearer {server.key('inference')}"),), "timeout": 60},
+            library=library,
+        )
 
 
 def assert_same(actual: ImageResult, expected: ImageResult) -> None:
@@ -54,8 +72,7 @@ class TestParity:
 
     def test_model_is_named(self, ask: Ask, predictor: Predictor, group_jpeg: bytes) -> None:
         model = ask(PREDICTIONS, body=group_jpeg)[1]["model"]
-        spec = predictor.model.spec
-        assert model == {"name": spec.name, "version": spec.version, "sha256": predictor.model.sha256}
+        assert model == predictor.model.spec.identity(predictor.model.sha256)
 
     def test_form_of_several_images(
         self, ask: Ask, predictor: Predictor, group_jpeg: bytes, grace_hopper: bytes
@@ -108,26 +125,21 @@ class TestParity:
         actual = from_json(json.loads(capsys.readouterr().out))
         assert_same(actual, predictor.predict([grace_hopper_path.read_bytes()])[0])
 
-    def test_grpc(
-        self,
-        server: Server,
-        predictor: Predictor,
-        group_jpeg: bytes,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
+    def test_grpc(self, grpc: SimpleNamespace, predictor: Predictor, group_jpeg: bytes) -> None:
+        request = grpc.request(group_jpeg)
+        answer = grpc.api.Predictions(request, **grpc.call)
+        assert_same(from_json(json.loads(answer.prediction)), predictor.predict([group_jpeg])[0])
+        with pytest.raises(grpc.library.RpcError) as refused:
+            grpc.api.Predictions(request, timeout=60)
+        assert refused.value.code() == grpc.library.StatusCode.PERMISSION_DENIED
+
+    def test_a_stream_of_grpc_has_one_answer(
+        self, grpc: SimpleNamespace, server: Server, predictor: Predictor, group_jpeg: bytes
     ) -> None:
-        monkeypatch.syspath_prepend(str(build_stubs(tmp_path)))
-        grpc = importlib.import_module("grpc")
-        messages, services = (importlib.import_module(name) for name in ("inference_pb2", "inference_pb2_grpc"))
-        with grpc.insecure_channel(f"127.0.0.1:{server.settings['grpc_inference_port']}") as channel:
-            predict = services.InferenceAPIsServiceStub(channel).Predictions
-            request = messages.PredictionsRequest(model_name="agegender", input={"data": group_jpeg})
-            token = (("authorization", f"Bearer {server.key('inference')}"),)
-            answer = predict(request, metadata=token, timeout=60)
-            assert_same(from_json(json.loads(answer.prediction)), predictor.predict([group_jpeg])[0])
-            with pytest.raises(grpc.RpcError) as refused:
-                predict(request, timeout=60)
-            assert refused.value.code() == grpc.StatusCode.PERMISSION_DENIED
+        workers = server.process().children(recursive=True)
+        (answer,) = grpc.api.StreamPredictions(grpc.request(group_jpeg), **grpc.call)
+        assert_same(from_json(json.loads(answer.prediction)), predictor.predict([group_jpeg])[0])
+        assert server.process().children(recursive=True) == workers
 
 
 class TestErrors:
@@ -154,7 +166,8 @@ class TestErrors:
 
     def test_too_many_pixels_and_too_many_bytes(self, ask: Ask, encode: Any) -> None:
         bomb = encode(Image.new("1", (20_000, 20_000)), "PNG")
-        assert ask(PREDICTIONS, body=bomb)[0] == 413
+        status, answer = ask(PREDICTIONS, body=bomb)
+        assert (status, answer["error"]["width"], answer["error"]["height"]) == (413, 20_000, 20_000)
         status, answer = ask(PREDICTIONS, body=bytes(17 * 2**20))
         assert (status, answer["error"]["code"]) == (413, "too_large")
         assert ask(PREDICTIONS, body=bytes(25 * 2**20))[0] == 413
@@ -162,6 +175,34 @@ class TestErrors:
     def test_form_fields_of_one_name_are_refused_since_one_is_lost(self, ask: Ask, group_jpeg: bytes) -> None:
         status, answer = ask(PREDICTIONS, fields=[("a", ("a.jpg", group_jpeg)), ("a", ("b.jpg", group_jpeg))])
         assert (status, answer["error"]["code"]) == (400, "repeated_field")
+
+    def test_an_option_that_is_misspelt_beside_a_form_is_no_image(self, ask: Ask, group_jpeg: bytes) -> None:
+        status, answer = ask(f"{INVOKE}?max_face=5", fields={"photo": ("a.jpg", group_jpeg)})
+        assert (status, answer["error"]["code"]) == (400, "unknown_option")
+
+    def test_an_image_that_is_announced_as_a_web_form_is_not_logged(
+        self, ask: Ask, server: Server, group_jpeg: bytes
+    ) -> None:
+        """As curl's --data-binary does; TorchServe takes the form apart by itself."""
+        status, answer = ask(PREDICTIONS, body=group_jpeg, headers=URLENCODED)
+        assert (status, answer["message"][:10]) == (500, "Bad string")
+        log = (server.directory / "logs" / "torchserve.log").read_bytes()
+        assert b"JFIF" not in log
+        assert b"Bad string" not in log
+
+    def test_json_that_is_announced_as_a_web_form_is_refused_as_such(self, ask: Ask, group_jpeg: bytes) -> None:
+        body = json.dumps(kserve(group_jpeg, group_jpeg + b"1")).encode()
+        status, answer = ask(PREDICTIONS, body=body, headers=URLENCODED)
+        assert (status, answer["error"]["code"]) == (400, "bad_json")
+        assert answer["error"]["message"].endswith("send it with Content-Type: application/json")
+
+    def test_broken_forms_cost_no_memory_for_good(self, ask: Ask, group_jpeg: bytes) -> None:
+        """TorchServe keeps the buffers of each, here of more bytes together than Java may have."""
+        large = group_jpeg + bytes(7 * 2**20)
+        body, content_type = urllib3.encode_multipart_formdata({"": ("nameless.jpg", large)})
+        statuses = {ask(PREDICTIONS, body=body, headers={"content-type": content_type})[0] for _ in range(300)}
+        assert statuses == {500}
+        assert ask(PREDICTIONS, body=large)[0] == 200
 
     def test_good_and_bad_requests_at_once_get_their_own_answers(
         self, ask: Ask, predictor: Predictor, group_jpeg: bytes, blank_png: bytes
@@ -237,6 +278,14 @@ def test_metrics_for_prometheus(server: Server, http: urllib3.PoolManager, ask: 
         assert f'agegender_{name}{{Model="agegender"' in text
     assert 'agegender_answers{Model="agegender",Status="200"' in text
     assert 'agegender_faces{Model="agegender",Gender=' in text
+
+
+@pytest.mark.parametrize("setting", ["metrics_address", "grpc_inference_port"])
+def test_a_port_in_use_is_told(new_server: Callable[[], Server], setting: str) -> None:
+    server = new_server()
+    port = int(server.settings[setting].rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(ServingError, match="Address already in use"):
+        server.start(timeout_s=60)
 
 
 def test_commands_tell_the_state(server: Server) -> None:
