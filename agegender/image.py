@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import re
 import warnings
 from dataclasses import dataclass, field, replace
@@ -140,8 +141,9 @@ def _check_pixels(width: int, height: int, max_pixels: int) -> None:
     if max(width, height) > _MAX_SIDE:
         raise ImageTooLargeError(f"the header announces {width}x{height} pixels, which no image has")
     if width * height > max_pixels:
+        megapixels = math.ceil(width * height / 1e5) / 10  # never rounded down to the limit itself
         raise ImageTooLargeError(
-            f"{width}x{height} is {width * height / 1e6:.1f} megapixels, over the limit of {max_pixels / 1e6:g}",
+            f"{width}x{height} is {megapixels} megapixels, over the limit of {max_pixels / 1e6:g}",
             width=width,
             height=height,
         )

@@ -13,11 +13,13 @@ from batch.progress import tell
 from batch.request import Request, Resources, ScoreOptions
 
 # Ray and torch read these when they are imported. One thread a process, since there is a process for each core; nothing
-# is sent anywhere; nothing listens beyond this machine.
+# is sent anywhere; nothing listens beyond this machine; no process is started ahead, since Ray would wait without end
+# where one dies at it.
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_prestart_worker_first_driver": "0",
 }
 
 _DONE, _WRONG_CALL, _INTERRUPTED = 0, 2, 130
