@@ -3,7 +3,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-PYTHON ?= $(or $(wildcard $(BIN)/python),python3)
+PYTHON ?= $(if $(realpath $(BIN)/python),$(BIN)/python,python3)
 
 SRC ?=
 OUT ?=
@@ -15,9 +15,10 @@ ARGS ?=
 $(foreach name,SRC OUT FACES MODEL DATA,$(eval override $(name) := $$(value $(name))))
 export SRC OUT FACES MODEL DATA
 # What `report` and `app` show by default.
-SCORED := $(if $(wildcard out/_SUCCESS),out,examples/out)
-# What was chosen at the first setup stays chosen.
-CPU ?= $(if $(wildcard $(VENV)/requirements.txt),1)
+SCORED := $$(test -f out/_SUCCESS && echo out || echo examples/out)
+# What was chosen at the first setup stays chosen, until another choice is made.
+CHOSEN := $(if $(wildcard $(VENV)/requirements.txt),1)
+CPU ?= $(CHOSEN)
 override CPU := $(filter-out 0 no,$(CPU))
 
 .DEFAULT_GOAL := help
@@ -28,6 +29,11 @@ help: ## List the targets
 		while IFS="$$(printf '\t')" read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
 
 setup: $(READY) ## Install the locked packages into .venv (other targets do it when needed); CPU=1 leaves CUDA out, CPU=0 does not
+
+ifneq ($(CPU),$(CHOSEN))
+$(READY): anew
+anew:
+endif
 
 $(READY): requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "agegender needs Python 3.10 or newer; try make PYTHON=python3.12")'

@@ -201,11 +201,19 @@ def _open(output: Output) -> ds.Dataset:
     for field in arrow_schema():
         if field.name not in dataset.schema.names:
             raise OutputError(f"{output.name} holds Parquet of something else: it has no column {field.name}")
-        if (kind := dataset.schema.field(field.name).type) != field.type:
+        if _kind(stored := dataset.schema.field(field.name).type) != _kind(field.type):
             raise OutputError(
-                f"{output.name} holds Parquet of something else: its column {field.name} is {kind}, not {field.type}"
+                f"{output.name} holds Parquet of something else: its column {field.name} is {stored}, not {field.type}"
             )
     return dataset
+
+
+def _kind(stored: pa.DataType) -> str:
+    """What other programs that copy an output keep of a type."""
+    if pa.types.is_integer(stored) or pa.types.is_floating(stored):
+        return "number"
+    is_text = any(is_(stored) for is_ in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+    return "text" if is_text else str(stored)
 
 
 def _read(output: Output, dataset: ds.Dataset, columns: list[str]) -> pa.Table:

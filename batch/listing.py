@@ -5,7 +5,6 @@ digest of every name; see docs/batch.md for the figures.
 """
 
 import codecs
-import contextlib
 import fnmatch
 import functools
 import glob
@@ -86,6 +85,8 @@ class Listing:
                 raise SourceError(f"{source} cannot be reached: {first_line(error)}") from error
             if not there and not _is_glob(source):
                 raise SourceError(f"{source} does not exist")
+            if _is_glob(source) and any(b"**" in part != b"**" for part in decode_path(source).split(b"/")):
+                raise SourceError(f"{source} is no pattern: ** stands for directories, and for no part of a name")
             if self._is_skipped(source):
                 raise SourceError(
                     f"{source} lies in the output, where it may be deleted; "
@@ -135,8 +136,8 @@ class Listing:
             yield Input(encode_path(path))
 
     def _matches(self, pattern: str) -> Iterator[Input]:
-        for path in _expand(decode_path(pattern)):
-            yield from self._match(path)
+        for path, error in _expand(decode_path(pattern)):
+            yield from self._match(path) if error is None else [_unlisted(path, error)]
 
     def _match(self, path: bytes) -> Iterator[Input]:
         inside = self._is_skipped(encode_path(path))
@@ -167,7 +168,7 @@ class Listing:
                     for entry in entries:
                         yield from self._entry(entry, folders, linked)
             except OSError as error:
-                yield Input(encode_path(folder), f"the directory cannot be listed: {error.strerror}")
+                yield _unlisted(folder, error)
 
     def _entry(self, entry: "os.DirEntry[bytes]", folders: list[bytes], linked: list[bytes]) -> Iterator[Input]:
         if not _is_directory(entry):
@@ -209,34 +210,49 @@ class Listing:
                     folders.append(info.path)
 
 
-def _expand(pattern: bytes) -> Iterator[bytes]:
-    """What an absolute glob matches, hidden names too; `**` follows no links, which might lead round in circles.
+def _unlisted(folder: bytes, error: OSError) -> Input:
+    return Input(encode_path(folder), f"the directory cannot be listed: {error.strerror}")
 
-    Not by pathlib, which calls itself for each level of directories, and ends where one goes while it looks.
+
+def _expand(pattern: bytes) -> Iterator[tuple[bytes, OSError | None]]:
+    """What an absolute glob matches, hidden names too, and where the disk failed; passes what may not be listed.
+
+    `**` follows no links, which might lead round in circles. Not by pathlib, which calls itself for each level of
+    directories, and ends where one goes while it looks.
     """
     pending = [(b"/", [part for part in pattern.split(b"/") if part])]
     deep = set[tuple[bytes, int]]()  # two `**` may lead to a directory in several ways
     while pending:
         folder, parts = pending.pop()
+        if parts == [b"**"] and os.path.isdir(folder):
+            parts = []  # for what matches is walked, with all directories in it
         if not parts:
-            yield folder
-        elif parts[0] == b"**":
-            if (key := (folder, len(parts))) not in deep:
-                deep.add(key)
-                pending.append((folder, parts[1:]))
-                inner = (entry.path for entry in _entries(folder) if _is_directory(entry) and not entry.is_symlink())
-                pending += [(path, parts) for path in inner]
-        elif glob.has_magic(parts[0]):
-            matches = (entry.path for entry in _entries(folder) if fnmatch.fnmatchcase(entry.name, parts[0]))
-            pending += [(path, parts[1:]) for path in matches]
-        elif os.path.lexists(path := os.path.join(folder, parts[0])):
-            pending.append((path, parts[1:]))
+            yield folder, None
+            continue
+        if not glob.has_magic(parts[0]):
+            if os.path.lexists(path := os.path.join(folder, parts[0])):
+                pending.append((path, parts[1:]))
+            continue
+        if parts[0] == b"**":
+            if (key := (folder, len(parts))) in deep:
+                continue
+            deep.add(key)
+            pending.append((folder, parts[1:]))
+        try:
+            with os.scandir(folder) as entries:
+                pending += [(entry.path, rest) for entry in entries if (rest := _left_of(parts, entry)) is not None]
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue
+        except OSError as error:
+            yield folder, error
 
 
-def _entries(folder: bytes) -> Iterator["os.DirEntry[bytes]"]:
-    """What a directory holds; nothing, if it is none or may not be listed."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        yield from entries
+def _left_of(parts: list[bytes], entry: "os.DirEntry[bytes]") -> list[bytes] | None:
+    """What of a pattern is to be matched behind an entry that its first part matches; None if that does not."""
+    if parts[0] == b"**":
+        return parts if _is_directory(entry) and not entry.is_symlink() else None
+    # As text: in bytes, a `?` would stand for a part of a letter.
+    return parts[1:] if fnmatch.fnmatchcase(os.fsdecode(entry.name), os.fsdecode(parts[0])) else None
 
 
 def digest(name: str) -> bytes:

@@ -165,13 +165,13 @@ def _worst_faces(gathered: _Gathered, interval: str) -> str:
 
 
 def _thumbnail(row: dict[str, Any]) -> str:
-    """The face, if its image is still there and as it was."""
+    """The face, if its image is still there and as it was, and can be read."""
     x1, y1, x2, y2 = (row[name] for name in _BOX)
     try:
         data = read_bytes(row["path"], max_bytes=_MAX_THUMBNAIL_BYTES)
         face = cut_recorded_face(data, (x1, y1, x2, y2), (row["width"], row["height"]), side_px=_THUMBNAIL_PX)
     except (OSError, ValueError, ArithmeticError, MemoryError, AgeGenderError):
-        return "not there any more"
+        return "cannot be shown"
     buffer = io.BytesIO()
     face.save(buffer, "JPEG", quality=80)
     return f"<img alt='the face' src='data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"

@@ -73,7 +73,7 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
     ):
         wanted, model = _identify(request, listing)
         with _engine(request, output, aside):
-            run = _settle(output, wanted, listing, request, say)
+            run = _settle(output, wanted, listing, request, say, still_held)
             if run is not None:
                 _finish(output, run, model, request, say, started, still_held)
 
@@ -143,10 +143,17 @@ def _code_digest() -> str:
     return combined.hexdigest()[:8]
 
 
-def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say: Callable[[str], None]) -> Run | None:
+def _settle(
+    output: Output,
+    wanted: Run,
+    listing: Listing,
+    request: Request,
+    say: Callable[[str], None],
+    still_held: Callable[[], None],
+) -> Run | None:
     """The run to work on: the one that was interrupted, or a new one; None if nothing is left to do."""
     if request.mode == "overwrite":
-        return _begin_anew(output, wanted, listing, say)
+        return _begin_anew(output, wanted, listing, say, still_held)
     if (interrupted := output.run()) is not None:
         replaced = "it and all that it was to be added to" if interrupted.first_id else "it"
         _require_same(output, interrupted, wanted, "an unfinished run", replaced)
@@ -160,9 +167,9 @@ def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say
                 f"{output.name} holds results of a run that is not there any more; "
                 "give another output directory, or --overwrite to replace them"
             )
-        return _begin_anew(output, wanted, listing, say)
+        return _begin_anew(output, wanted, listing, say, still_held)
     if request.mode == "append":
-        return _append(output, finished, wanted, listing, say)
+        return _append(output, finished, wanted, listing, say, still_held)
     _require_same(output, finished, wanted, "a finished run")
     output.clear_run()
     say(summary_text(output.summary(), output.name))
@@ -173,11 +180,16 @@ def _settle(output: Output, wanted: Run, listing: Listing, request: Request, say
     return None
 
 
-def _begin_anew(output: Output, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run:
+def _begin_anew(
+    output: Output, wanted: Run, listing: Listing, say: Callable[[str], None], still_held: Callable[[], None]
+) -> Run:
     """A run from the beginning. What was there goes when all sources have been listed, and not when one fails."""
+    if output.run() is None:
+        output.clear_run()  # of listings that were killed
     if (run := _list(output, wanted, listing, say)) is None:
         reason = "; all were left out" if listing.excluded else ""
         raise SourceError(f"found no files in {', '.join(listing.sources)}{reason}")
+    still_held()
     output.clear(but=run)
     output.begin(run)
     return run
@@ -191,7 +203,14 @@ def _require_same(output: Output, old: Run, wanted: Run, what: str, replaced: st
         )
 
 
-def _append(output: Output, finished: Run, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run | None:
+def _append(
+    output: Output,
+    finished: Run,
+    wanted: Run,
+    listing: Listing,
+    say: Callable[[str], None],
+    still_held: Callable[[], None],
+) -> Run | None:
     _require_same(output, finished, replace(wanted, sources=finished.sources), "a finished run")
     output.clear_run()  # of a run that ended while it tidied up, or while it listed
     listing.known, first_id = _known(output)
@@ -201,6 +220,7 @@ def _append(output: Output, finished: Run, wanted: Run, listing: Listing, say: C
     if run is None:
         say(f"Nothing to add: all files in {', '.join(listing.sources)} are in the output.")
     else:
+        still_held()
         output.begin(run)
     return run
 
@@ -216,23 +236,34 @@ def _known(output: Output) -> tuple[set[bytes], int]:
 
 
 def _list(output: Output, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run | None:
-    """Lists the sources into the run's manifest; None if there is nothing to do in them."""
+    """Lists the sources into the run's manifest, of which nothing stays if that fails; None if they hold nothing."""
     say(f"Listing {', '.join(listing.sources)}")
-    manifest = output.manifest(wanted)
+    try:
+        inputs, blocks = _write_manifest(output, wanted, listing)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            output.drop(wanted)
+        raise
+    if not inputs:
+        output.drop(wanted)
+        return None
+    say(f"Found {inputs:,} files.")
+    return replace(wanted, inputs=inputs, blocks=blocks, excluded=dict(listing.excluded))
+
+
+def _write_manifest(output: Output, run: Run, listing: Listing) -> tuple[int, int]:
+    """Returns how many inputs it holds, and in how many blocks."""
+    manifest = output.manifest(run)
     output.filesystem.create_dir(manifest, recursive=True)
     inputs = blocks = 0
-    for number, shard in enumerate(blocks_of(listing, first_id=wanted.first_id)):
+    for number, shard in enumerate(blocks_of(listing, first_id=run.first_id)):
         path = f"{manifest}/blocks-{number:05}.parquet"
         with output.filesystem.open_output_stream(path) as stream:
             pq.write_table(shard, stream, row_group_size=64)
         output.sync(path)
         inputs += sum(len(paths) for paths in shard["paths"].to_pylist())
         blocks += shard.num_rows
-    if not inputs:
-        output.drop(wanted)
-        return None
-    say(f"Found {inputs:,} files.")
-    return replace(wanted, inputs=inputs, blocks=blocks, excluded=dict(listing.excluded))
+    return inputs, blocks
 
 
 def _finish(

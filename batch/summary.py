@@ -79,10 +79,12 @@ def summary_text(summary: dict[str, Any], where: str) -> str:
 
 def time_text(summary: dict[str, Any]) -> str:
     """How long the last call took, and how fast it was if that can be told."""
-    text = f"{summary['seconds']:,.1f} s, of which {summary['startup_s']:,.1f} s to start"
-    if summary["seconds"] - summary["startup_s"] < _STEADY_S:
-        return text
-    return f"{text}, then {summary['images_per_s']:,.1f} images/s"
+    text = f"{summary['seconds']:,.1f} s"
+    if summary["startup_s"]:
+        text += f", of which {summary['startup_s']:,.1f} s to start"
+    if summary["images_per_s"] and summary["seconds"] - summary["startup_s"] > _STEADY_S:
+        text += f", then {summary['images_per_s']:,.1f} images/s"
+    return text
 
 
 def bad_text(statuses: dict[str, int]) -> str:

@@ -140,8 +140,10 @@ def _measured(name: str, options: argparse.Namespace, page: Path) -> bool:
     """Runs a script, and puts its section into the page. Returns whether it went well."""
     print(f"{name} ...", flush=True)
     code, section = _run(name, SCRIPTS[name], options)
-    sections = {**_sections(page.read_text()), SCRIPTS[name].title: section}
-    page.write_text("\n".join(_page(sections)))
+    before = page.read_text()
+    sections = {**_sections(before), SCRIPTS[name].title: section}
+    anew = not before or len(options.only) == len(SCRIPTS)
+    page.write_text("\n".join(_page(_head() if anew else before.partition("## ")[0].rstrip(), sections)))
     return code == 0
 
 
@@ -155,7 +157,8 @@ def _run(name: str, script: Script, options: argparse.Namespace) -> tuple[int, s
         code = subprocess.run(command, stdout=out, stderr=log).returncode
     shown = [f"path/to/{Path(part).name}" if before in FOLDERS else part for before, part in pairwise(["", *call])]
     lines = [f"## {script.title}", "", f"`python {shlex.join(shown)}`", ""]
-    lines += [f"{_now()}, {time.monotonic() - started:.0f} s, {_commit()}, model {_sha256()}, {_busy(busy)}", ""]
+    lines += [f"{_now()}, {time.monotonic() - started:.0f} s, {_commit()}, model {_sha256()}, {_busy(busy)}"]
+    lines += [_machine(), ""]
     if code:
         lines += [f"**Not measured**: it ended with {code}: {_last_line(kept['log'])}", ""]
     else:
@@ -197,13 +200,22 @@ def _plot(name: str, figures: Path, out_dir: Path) -> list[str]:
 # The page.
 
 
-def _page(sections: Mapping[str, str]) -> Iterator[str]:
-    yield from ("# What was measured", "")
-    yield (
-        "Each table names the command that made it, with its options; `make bench` runs the scripts one after the "
-        f"other. {_machine()}"
+def _head() -> str:
+    """What holds for all sections, unless they say otherwise."""
+    return "\n".join(
+        [
+            "# What was measured",
+            "",
+            "Each table names the command that made it, with its options; `make bench` runs the scripts one after the "
+            f"other. {_machine()}",
+            "",
+            f"Model: {_model()}. Versions: Python {platform.python_version()}, {_versions()}.",
+        ]
     )
-    yield from ("", f"Model: {_model()}. Versions: Python {platform.python_version()}, {_versions()}.", "")
+
+
+def _page(head: str, sections: Mapping[str, str]) -> Iterator[str]:
+    yield from (head, "")
     for script in SCRIPTS.values():
         yield sections.get(script.title, f"## {script.title}\n\nNot measured yet.\n")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -360,6 +361,14 @@ class TestResults:
     def test_faces_are_counted_from_one(self, results_page: Callable[[Path], AppTest], out: Path) -> None:
         table = results_page(out).dataframe[0].value
         assert list(table["number"][table["faces"] > 0]) == [1, 2, 1]
+
+    def test_a_copy_by_pandas_is_read(self, results_page: Callable[[Path], AppTest], out: Path) -> None:
+        pd.read_parquet(out).astype({"face": "float64"}).to_parquet(out / "faces-00000000-00000.parquet")
+        (out / "faces-00000000-00001.parquet").unlink()
+        app = results_page(out)
+        assert not app.error
+        assert not app.exception
+        assert {metric.label: metric.value for metric in app.metric}["Faces"] == "3"
 
     def test_columns_of_another_type_are_told_of(self, results_page: Callable[[Path], AppTest], tmp_path: Path) -> None:
         table = arrow_table([ImageResult("a.png", "ok", None, 200, 200, (FACE,))])

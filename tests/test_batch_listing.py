@@ -2,9 +2,11 @@
 
 import codecs
 import contextlib
+import errno
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -179,19 +181,53 @@ def test_a_glob_reads_no_lists_enters_no_output_and_goes_round_in_no_circle(fold
         assert listing.excluded["link to a directory"] >= 2
 
 
-@pytest.mark.parametrize("pattern", ["deep/**/*.jpg", "**/deep/**/z.jpg", "d*/**"])
-def test_a_glob_reaches_as_deep_as_directories_go(tmp_path: Path, pattern: str) -> None:
-    """Deeper than Python calls."""
-    folder = tmp_path / "deep"
+@pytest.fixture
+def deep(tmp_path: Path) -> Iterator[Path]:
+    """A file in more directories than Python calls go deep, as pytest's own clean-up would."""
+    top = folder = tmp_path / "deep"
+    if os.pathconf(tmp_path, "PC_PATH_MAX") < 4096:
+        pytest.skip("this system's paths are shorter")
     for _ in range(1200):
         folder.mkdir()
         folder /= "d"
-    (folder.parent / "z.jpg").write_bytes(b"")
-    assert names(tmp_path / pattern) == [str(folder.parent / "z.jpg")]
-    while folder != tmp_path / "deep":  # neither does pytest's own clean-up reach it
+    file = folder.parent / "z.jpg"
+    file.write_bytes(b"")
+    yield file
+    file.unlink()
+    while folder != top:
         folder = folder.parent
-        (folder / "z.jpg").unlink(missing_ok=True)
         folder.rmdir()
+
+
+@pytest.mark.parametrize("pattern", ["deep/**/*.jpg", "**/deep/**/z.jpg", "d*/**"])
+def test_a_glob_reaches_as_deep_as_directories_go(deep: Path, tmp_path: Path, pattern: str) -> None:
+    assert names(tmp_path / pattern) == [str(deep)]
+
+
+@pytest.mark.parametrize("pattern", ["caf?.jpg", "caf[éè].jpg", "[!x]*.jpg", "*"])
+def test_a_glob_matches_letters_whatever_their_bytes(tmp_path: Path, pattern: str) -> None:
+    (tmp_path / "café.jpg").write_bytes(b"")
+    assert names(tmp_path / pattern) == [str(tmp_path / "café.jpg")]
+
+
+def test_a_glob_tells_of_directories_that_the_disk_does_not_give(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan = os.scandir
+
+    def broken(path: bytes) -> Any:
+        if path.endswith(b"/b"):
+            raise OSError(errno.EIO, "Input/output error")
+        return scan(path)
+
+    monkeypatch.setattr("os.scandir", broken)
+    found = list(Listing([str(folder / "**" / "*.jpg")]))
+    assert Input(str(folder / "b"), "the directory cannot be listed: Input/output error") in found
+    assert Input(str(folder / "one.jpg")) in found
+
+
+@pytest.mark.parametrize("pattern", ["**.jpg", "a**/x.jpg"])
+def test_a_wildcard_for_directories_within_a_name_is_refused(folder: Path, pattern: str) -> None:
+    with pytest.raises(SourceError, match="is no pattern"):
+        Listing([str(folder / pattern)]).check()
 
 
 def test_a_glob_passes_directories_that_go_while_it_looks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +240,11 @@ def test_a_glob_passes_directories_that_go_while_it_looks(folder: Path, monkeypa
 
     monkeypatch.setattr("os.scandir", vanished)
     assert names(folder / "**" / "*.jpg") == [str(folder / "one.jpg")]
+
+
+def test_a_wildcard_for_directories_is_none_for_files(folder: Path) -> None:
+    assert names(folder / "one*" / "**") == []
+    assert names(folder / "one*" / "**" / "*") == []
 
 
 def test_two_wildcards_for_directories_name_nothing_twice(folder: Path) -> None:

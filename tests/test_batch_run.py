@@ -408,11 +408,31 @@ def test_overwrite_deletes_nothing_before_all_is_listed(
         run_batch(
             replace(request_, sources=(*request_.sources, str(tmp_path / "late.txt")), mode="overwrite"), said.append
         )
-    left = contents(Path(request_.out))
-    assert {path: left[path] for path in before} == before
+    assert contents(Path(request_.out)) == before
     run_batch(request_, said.append)
     assert len(pd.read_parquet(request_.out)) == 50
     assert not (Path(request_.out) / "_run").exists()
+
+
+def test_a_run_that_lost_its_output_while_it_listed_deletes_nothing_there(
+    request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run, which took this one for dead, has finished there."""
+    run_batch(request_, said.append)
+    before = contents(Path(request_.out))
+
+    @contextlib.contextmanager
+    def lost(_: Output) -> Iterator[Callable[[], None]]:
+        def check() -> None:
+            raise JobError("another run took over")
+
+        yield check
+
+    monkeypatch.setattr(Output, "locked", lost)
+    with pytest.raises(JobError, match="took over"):
+        run_batch(replace(request_, mode="overwrite"), said.append)
+    after = contents(Path(request_.out))
+    assert {path: after[path] for path in before} == before
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -737,7 +757,7 @@ def test_the_report_shows_no_face_of_another_picture(
     Image.new("RGB", (640, 480)).save(source / "group.jpg")
     page = Path(write_report(Output(request_.out))).read_text()
     assert "data:image" not in page
-    assert "not there any more" in page
+    assert "cannot be shown" in page
 
 
 def read_pandas(out: str) -> tuple[int, int, float]:

@@ -67,9 +67,13 @@ def test_the_page_keeps_what_was_not_measured_anew(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     page = Path("benchmarks") / "RESULTS.md"
     page.parent.mkdir()
-    page.write_text("# What was measured\n\n## The chain\n\nold\n\n## Accuracy\n\n| kept |\n|---|\n\n![plot](a.svg)\n")
+    head, accuracy = (
+        "# What was measured\n\nOn another machine.\n\n",
+        "## Accuracy\n\n| kept |\n|---|\n\n![plot](a.svg)\n",
+    )
+    page.write_text(f"{head}## The chain\n\nold\n\n{accuracy}")
     assert bench.main(["--only", "chain"]) == 0
-    assert page.read_text().endswith("\n\n## The chain\n\nnew\n\n## Accuracy\n\n| kept |\n|---|\n\n![plot](a.svg)\n")
+    assert page.read_text() == f"{head}## The chain\n\nnew\n\n{accuracy}"
     page.write_text("untouched")
     assert bench.main(["--quick", "--only", "chain"]) == 0
     assert page.read_text() == "untouched"
@@ -79,7 +83,7 @@ def test_the_page_keeps_what_was_not_measured_anew(tmp_path: Path, monkeypatch: 
 def test_the_page_is_made_of_its_own_sections(repository: Path) -> None:
     sections = bench._sections((repository / "benchmarks" / "RESULTS.md").read_text())
     assert list(sections) == [script.title for script in bench.SCRIPTS.values()]
-    assert bench._sections("\n".join(bench._page(sections))) == sections
+    assert bench._sections("\n".join(bench._page("# What was measured", sections))) == sections
 
 
 @pytest.mark.usefixtures("small")
