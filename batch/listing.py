@@ -224,9 +224,9 @@ def _expand(pattern: bytes) -> Iterator[tuple[bytes, OSError | None]]:
     deep = set[tuple[bytes, int]]()  # two `**` may lead to a directory in several ways
     while pending:
         folder, parts = pending.pop()
-        if parts == [b"**"] and os.path.isdir(folder):
-            parts = []  # for what matches is walked, with all directories in it
-        if not parts:
+        if parts[:1] == [b"**"] and not os.path.isdir(folder):
+            continue
+        if not parts or parts == [b"**"]:  # what is found is walked, with all directories in it
             yield folder, None
             continue
         if not glob.has_magic(parts[0]):
