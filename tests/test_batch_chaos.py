@@ -153,6 +153,20 @@ def test_workers_killed_while_they_score(
     assert outcomes(out).equals(unbroken)
 
 
+def test_a_model_in_a_process_of_its_own_starts_again_when_it_is_killed(
+    chips: Path, unbroken: pa.Table, tmp_path: Path, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    out = tmp_path / "out"
+    process = start(chips, out, "--gpus", 1, "--device", "cpu")
+    wait_for_a_part(process, out)
+    victims = actors(process.pid, "ray::_ModelProcess")
+    for victim in victims:
+        victim.kill()
+    assert len(victims) == 1
+    assert process.wait(TIMEOUT_S) == 0
+    assert outcomes(out)["path"].equals(unbroken["path"])
+
+
 def test_ctrl_c_stops_within_seconds_and_the_rest_follows(
     chips: Path, unbroken: pa.Table, tmp_path: Path, start: Callable[..., subprocess.Popen[bytes]]
 ) -> None:
