@@ -19,7 +19,7 @@ SCORED := $$(test -f out/_SUCCESS && echo out || echo examples/out)
 # What was chosen at the first setup stays chosen, until another choice is made.
 CHOSEN := $(if $(wildcard $(VENV)/requirements.txt),1)
 CPU ?= $(CHOSEN)
-override CPU := $(filter-out 0 no,$(CPU))
+override CPU := $(if $(filter-out 0 no,$(CPU)),1)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup app batch report train evaluate archive serve stop stubs screenshots test test-slow bench licences check format lock clean
@@ -36,6 +36,7 @@ anew:
 endif
 
 $(READY): requirements.txt pyproject.toml
+	@rm -f $@
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "agegender needs Python 3.10 or newer; try make PYTHON=python3.12")'
 	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv "$(or $(realpath $(VENV)),$(VENV))"
 	$(if $(CPU),grep -vE '^(nvidia|cuda|triton)' requirements.txt >,rm -f) $(VENV)/requirements.txt

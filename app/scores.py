@@ -136,7 +136,8 @@ class Scores:
         order = np.argsort(numbers, kind="stable")
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
-        return self._dataset.take(pa.array(numbers[order]), columns=arrow_schema().names).take(pa.array(back))
+        rows = self._dataset.take(pa.array(numbers[order]), columns=arrow_schema().names)
+        return _as_written(rows).take(pa.array(back))
 
     def _masks(self, wanted: Selection) -> list[pa.ChunkedArray]:
         masks = []
@@ -210,15 +211,22 @@ def _open(output: Output) -> ds.Dataset:
 
 def _kind(stored: pa.DataType) -> str:
     """What other programs that copy an output keep of a type."""
+    if pa.types.is_dictionary(stored):
+        stored = stored.value_type
     if pa.types.is_integer(stored) or pa.types.is_floating(stored):
         return "number"
     is_text = any(is_(stored) for is_ in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
     return "text" if is_text else str(stored)
 
 
+def _as_written(table: pa.Table) -> pa.Table:
+    """The same in the types of the batch job."""
+    return table.cast(pa.schema([arrow_schema().field(name) for name in table.column_names]))
+
+
 def _read(output: Output, dataset: ds.Dataset, columns: list[str]) -> pa.Table:
     try:
-        return dataset.to_table(columns=columns).combine_chunks()
+        return _as_written(dataset.to_table(columns=columns)).combine_chunks()
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(output, error) from error
 

@@ -9,6 +9,7 @@ from typing import Final
 import pyarrow as pa
 import pyarrow.csv
 import streamlit as st
+from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from agegender import AgeGenderError, Item
 from agegender.records import arrow_table, to_json
@@ -21,7 +22,7 @@ __all__ = ["show"]
 _SAMPLES: Final = Path("examples/photos")
 _UPLOAD, _CAMERA, _SAMPLE = "Upload", "Camera", "Samples"
 _VIEWS_PER_PAGE: Final = 8
-_UPLOADS, _CHANGED, _VIEWS = "uploads", "uploads_changed", "views"
+_FILES, _UPLOADS, _VIEWS = "files", "uploads", "views"
 
 
 def show(model: Path) -> None:
@@ -82,24 +83,23 @@ def _choose_items() -> list[Item]:
     files = st.file_uploader(
         "JPEG, PNG, WebP, BMP, TIFF or GIF; kept in memory only, and sent to the server where one is chosen",
         accept_multiple_files=True,
-        key="files",
-        on_change=_note_change,
+        key=_FILES,
+        on_change=_take_uploads,
     )
-    if st.session_state.pop(_CHANGED, False):
-        st.session_state[_UPLOADS] = [Item(file.getvalue(), file.name) for file in files]
     uploads: list[Item] = st.session_state.get(_UPLOADS, [])
     if uploads and not files:
         st.button(
             f"Remove {len(uploads)} {'photograph' if len(uploads) == 1 else 'photographs'}",
             icon=":material/delete:",
-            on_click=_note_change,
+            on_click=_take_uploads,
         )
     return uploads
 
 
-def _note_change() -> None:
-    """What was uploaded is kept until then: the uploader itself forgets it when another page is shown."""
-    st.session_state[_CHANGED] = True
+def _take_uploads() -> None:
+    """Keeps what was uploaded: the uploader itself forgets it when another page is shown."""
+    files = [file for file in st.session_state[_FILES] if isinstance(file, UploadedFile)]  # others have been deleted
+    st.session_state[_UPLOADS] = [Item(file.getvalue(), file.name) for file in files]
 
 
 def _choose_samples() -> list[Item]:

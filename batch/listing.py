@@ -5,6 +5,7 @@ digest of every name; see docs/batch.md for the figures.
 """
 
 import codecs
+import errno
 import fnmatch
 import functools
 import glob
@@ -30,6 +31,9 @@ _SHARD_INPUTS: Final = 65_536
 
 # A list is read in pieces of this size, and no path is as long.
 _LIST_BYTES: Final = 1 << 20
+
+# Why a glob passes a directory without a word: it is none, or may not be listed.
+_PASSED: Final = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP)
 
 _REACHED: Final = "directory that was reached before, or the output itself"
 
@@ -227,7 +231,7 @@ def _expand(pattern: bytes) -> Iterator[tuple[bytes, OSError | None]]:
         if parts[:1] == [b"**"] and not os.path.isdir(folder):
             continue
         if not parts or parts == [b"**"]:  # what is found is walked, with all directories in it
-            yield folder, None
+            yield (folder + b"/" if parts else folder), None  # by that slash, a link to a directory is one
             continue
         if not glob.has_magic(parts[0]):
             if os.path.lexists(path := os.path.join(folder, parts[0])):
@@ -240,11 +244,14 @@ def _expand(pattern: bytes) -> Iterator[tuple[bytes, OSError | None]]:
             pending.append((folder, parts[1:]))
         try:
             with os.scandir(folder) as entries:
-                pending += [(entry.path, rest) for entry in entries if (rest := _left_of(parts, entry)) is not None]
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            continue
+                for entry in entries:
+                    if rest := _left_of(parts, entry):
+                        pending.append((entry.path, rest))
+                    elif rest is not None:
+                        yield entry.path, None
         except OSError as error:
-            yield folder, error
+            if error.errno not in _PASSED:
+                yield folder, error
 
 
 def _left_of(parts: list[bytes], entry: "os.DirEntry[bytes]") -> list[bytes] | None:

@@ -185,6 +185,7 @@ def _begin_anew(
 ) -> Run:
     """A run from the beginning. What was there goes when all sources have been listed, and not when one fails."""
     if output.run() is None:
+        still_held()
         output.clear_run()  # of listings that were killed
     if (run := _list(output, wanted, listing, say)) is None:
         reason = "; all were left out" if listing.excluded else ""
@@ -212,6 +213,7 @@ def _append(
     still_held: Callable[[], None],
 ) -> Run | None:
     _require_same(output, finished, replace(wanted, sources=finished.sources), "a finished run")
+    still_held()
     output.clear_run()  # of a run that ended while it tidied up, or while it listed
     listing.known, first_id = _known(output)
     sources = [*finished.sources, *(source for source in wanted.sources if source not in finished.sources)]

@@ -363,12 +363,16 @@ class TestResults:
         assert list(table["number"][table["faces"] > 0]) == [1, 2, 1]
 
     def test_a_copy_by_pandas_is_read(self, results_page: Callable[[Path], AppTest], out: Path) -> None:
-        pd.read_parquet(out).astype({"face": "float64"}).to_parquet(out / "faces-00000000-00000.parquet")
+        copy = pd.read_parquet(out).astype({"face": "float64", "status": "category"})
+        copy.to_parquet(out / "faces-00000000-00000.parquet")
         (out / "faces-00000000-00001.parquet").unlink()
         app = results_page(out)
         assert not app.error
         assert not app.exception
         assert {metric.label: metric.value for metric in app.metric}["Faces"] == "3"
+        assert str(app.dataframe[0].value["face"].dropna().iloc[-1]) in ("0", "0.0")
+        (row,) = Scores(str(out)).rows(np.array([0])).to_pylist()
+        assert (row["face"], row["status"]) == (0, "ok")
 
     def test_columns_of_another_type_are_told_of(self, results_page: Callable[[Path], AppTest], tmp_path: Path) -> None:
         table = arrow_table([ImageResult("a.png", "ok", None, 200, 200, (FACE,))])

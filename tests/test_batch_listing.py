@@ -235,11 +235,43 @@ def test_a_glob_passes_directories_that_go_while_it_looks(folder: Path, monkeypa
 
     def vanished(path: bytes) -> Any:
         if path.endswith(b"/b"):
-            raise FileNotFoundError(path)
+            raise FileNotFoundError(errno.ENOENT, "gone", path)
         return scan(path)
 
     monkeypatch.setattr("os.scandir", vanished)
     assert names(folder / "**" / "*.jpg") == [str(folder / "one.jpg")]
+
+
+def test_everything_below_a_link_that_is_named(folder: Path) -> None:
+    (folder.parent / "link").symlink_to(folder / "b")
+    below = [str(folder.parent / "link" / name) for name in (".hidden/three.jpg", "two.jpg")]
+    assert sorted(names(folder.parent / "link" / "**")) == below
+    assert sorted(names(folder.parent / "link" / "**" / "*.jpg")) == below
+
+
+def test_a_glob_passes_links_that_lead_in_circles(folder: Path) -> None:
+    (folder / "loop").symlink_to("loop")
+    assert sorted(names(folder / "*" / "*.jpg")) == [str(folder / "b" / "two.jpg")]
+
+
+def test_a_glob_keeps_what_it_read_of_a_directory_that_breaks_off(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan = os.scandir
+
+    @contextlib.contextmanager
+    def breaking(path: bytes) -> Iterator[Iterator[Any]]:
+        def entries() -> Iterator[Any]:
+            with scan(path) as there:
+                yield from there
+            if path == os.fsencode(folder):
+                raise OSError(errno.EIO, "Input/output error")
+
+        yield entries()
+
+    monkeypatch.setattr("os.scandir", breaking)
+    found = names(folder / "*.jpg")
+    assert found == [str(folder / "one.jpg"), str(folder)]
 
 
 def test_a_wildcard_for_directories_is_none_for_files(folder: Path) -> None:
