@@ -17,6 +17,7 @@ from urllib3.connectionpool import ConnectionPool
 
 from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE
 from agegender.errors import ServerError
+from agegender.image import check_bytes
 from agegender.records import from_json
 from agegender.result import FacesMode, ImageResult, Item, as_items
 
@@ -103,8 +104,9 @@ class Client:
         self._pool.clear()
 
     def _predict(self, item: Item) -> ImageResult:
-        if not isinstance(item.data, bytes | bytearray | memoryview):  # the predictor's own words
-            wrong = TypeError(f"an image is given as the bytes of its file, not as {type(item.data).__name__}")
+        try:
+            check_bytes(item.data)
+        except TypeError as wrong:  # the result that the predictor has for it
             return ImageResult.from_error(item.path, wrong)
         key = self._key or self._read_key()
         status, answer = self._post(item.data, key)

@@ -23,7 +23,16 @@ from PIL import (  # noqa: F401 - importing a plugin registers its format
 
 from agegender.errors import AgeGenderError, ImageDecodeError, ImageTooLargeError, NotAnImageError
 
-__all__ = ["DEFAULT_MAX_PIXELS", "FORMATS", "EncodedImage", "Pixels", "decode_image", "quiet_pillow", "read_header"]
+__all__ = [
+    "DEFAULT_MAX_PIXELS",
+    "FORMATS",
+    "EncodedImage",
+    "Pixels",
+    "check_bytes",
+    "decode_image",
+    "quiet_pillow",
+    "read_header",
+]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -112,6 +121,16 @@ class EncodedImage:
             raise ImageDecodeError(f"damaged {self.format} image: {_reason(error)}") from error
 
 
+def check_bytes(data: object) -> None:
+    """Makes sure that an image is given as the bytes of its file.
+
+    Raises:
+        TypeError: it is given as something else, such as its path.
+    """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise TypeError(f"an image is given as the bytes of its file, not as {type(data).__name__}")
+
+
 def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> EncodedImage:
     """Reads format, size and orientation without decoding a pixel.
 
@@ -121,8 +140,7 @@ def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Encoded
         ImageTooLargeError: the header announces more than `max_pixels` pixels, or more in a row or a column than any
             image has.
     """
-    if not isinstance(data, bytes | bytearray | memoryview):
-        raise TypeError(f"an image is given as the bytes of its file, not as {type(data).__name__}")
+    check_bytes(data)
     if not data:
         raise NotAnImageError("the file is empty (0 bytes)")
     if canvas := _webp_canvas(data):  # which Pillow allocates, twice, to read the header
