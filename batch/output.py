@@ -106,6 +106,7 @@ class Output:
         self.name = name
         self.filesystem, self.base = filesystem_of(name)
         self.is_local = isinstance(self.filesystem, fs.LocalFileSystem)
+        self.check_held = _free  # see `locked`
 
     def path(self, *parts: str) -> str:
         """A path on `filesystem` below the directory."""
@@ -238,6 +239,7 @@ class Output:
 
     def clear_run(self, *, but: Run | None = None) -> None:
         """Deletes `_run/`, but for what a new run has listed; `run.json` first, without which the rest is nothing."""
+        self.check_held()
         entries = self.list(self.path(_RUN))
         for info in sorted(entries, key=lambda info: info.path != self.path(_RUN_FILE)):
             if but is None or info.base_name != but.id:
@@ -259,11 +261,13 @@ class Output:
 
     def begin(self, run: Run) -> None:
         """The manifest is complete: from here on the run can be resumed."""
+        self.check_held()
         self.write(_RUN_FILE, json.dumps(asdict(run), indent=1))
         self.reopen()
 
     def reopen(self) -> None:
         """No longer says that all is there, as a finished output does that a run adds to, nor shows a page about it."""
+        self.check_held()
         for name in (_SUCCESS, REPORT_FILE):
             info = self.filesystem.get_file_info(self.path(name))
             if info.type is fs.FileType.File:
@@ -271,6 +275,7 @@ class Output:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """All final files are there: says so, and tidies up."""
+        self.check_held()
         self.write(SUMMARY_FILE, json.dumps(summary, indent=1))
         self.write(_SUCCESS, "")
         self.clear_run()
@@ -298,19 +303,21 @@ class Output:
                 os.close(descriptor)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[Callable[[], None]]:
+    def locked(self) -> Iterator[None]:
         """Keeps a second run off the directory.
 
-        Yields:
-            A function that raises JobError if this run no longer holds it.
+        Inside this context `check_held` raises when another run has taken over, which an object store cannot rule out.
+        What deletes or replaces something for good asks it first; the context makes a JobError of what it raises.
 
         Raises:
             OutputError: another run holds it.
+            JobError: another run has taken over.
         """
-        with self._local_lock() if self.is_local else self._lease() as still_held:
+        with self._local_lock() if self.is_local else self._lease() as self.check_held:
             try:
-                yield still_held
+                yield
             finally:
+                self.check_held = _free
                 self.drop_empty_run()
 
     @contextlib.contextmanager
@@ -318,7 +325,7 @@ class Output:
         descriptor = os.open(self.base, os.O_RDONLY)
         try:
             self._lock(descriptor)
-            yield lambda: None
+            yield _free
         finally:
             os.close(descriptor)
 
@@ -353,6 +360,10 @@ class Output:
         if self.filesystem.get_file_info(path).type is not fs.FileType.File:
             return None
         return self.read_bytes(path).decode()
+
+
+def _free() -> None:
+    """Stands for the question whether a run still holds a directory that none can take over."""
 
 
 def now() -> str:

@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -47,6 +47,7 @@ def committed_parts(output: Output, run: Run) -> tuple[list[Part], Counts]:
     Raises:
         OSError: one cannot be read; nothing is deleted on that account.
     """
+    output.check_held()
     parts: list[Part] = []
     counts = Counts()
     seen: set[int] = set()
@@ -87,14 +88,13 @@ def _of_blocks(table: pa.Table, blocks: frozenset[int]) -> pa.Table:
     return table.filter(pa.compute.is_in(table["block"], pa.array(sorted(blocks), pa.int64())))
 
 
-def publish(output: Output, run: Run, parts: list[Part], still_held: Callable[[], None]) -> None:
+def publish(output: Output, run: Run, parts: list[Part]) -> None:
     """Writes the final files, first aside, then all into place.
 
     Args:
         output: a directory with a run.
         run: the run.
         parts: what it has come to.
-        still_held: raises if another run has taken over; asked before any final file is touched.
 
     Raises:
         IncompleteError: an input has no outcome; nothing is in place then.
@@ -117,7 +117,7 @@ def publish(output: Output, run: Run, parts: list[Part], still_held: Callable[[]
             f"{np.count_nonzero(~seen)} of {run.inputs} inputs have no outcome; the same command without --overwrite "
             "does them, and --overwrite starts anew"
         )
-    still_held()
+    output.check_held()
     _delete_all(output, output.base, f"faces-{run.id}-")  # of a call that ended while it moved them
     for info in output.list(output.staging):
         output.filesystem.move(info.path, output.path(info.base_name))

@@ -68,14 +68,14 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
     run: Run | None = None
     with (
         _told(lambda: same_command(request.mode) if run else "the same command"),
-        output.locked() as still_held,
+        output.locked(),
         ThreadPoolExecutor(1) as aside,
     ):
         wanted, model = _identify(request, listing)
         with _engine(request, output, aside):
-            run = _settle(output, wanted, listing, request, say, still_held)
+            run = _settle(output, wanted, listing, request, say)
             if run is not None:
-                _finish(output, run, model, request, say, started, still_held)
+                _finish(output, run, model, request, say, started)
 
 
 @contextlib.contextmanager
@@ -149,11 +149,10 @@ def _settle(
     listing: Listing,
     request: Request,
     say: Callable[[str], None],
-    still_held: Callable[[], None],
 ) -> Run | None:
     """The run to work on: the one that was interrupted, or a new one; None if nothing is left to do."""
     if request.mode == "overwrite":
-        return _begin_anew(output, wanted, listing, say, still_held)
+        return _begin_anew(output, wanted, listing, say)
     if (interrupted := output.run()) is not None:
         replaced = "it and all that it was to be added to" if interrupted.first_id else "it"
         _require_same(output, interrupted, wanted, "an unfinished run", replaced)
@@ -167,9 +166,9 @@ def _settle(
                 f"{output.name} holds results of a run that is not there any more; "
                 "give another output directory, or --overwrite to replace them"
             )
-        return _begin_anew(output, wanted, listing, say, still_held)
+        return _begin_anew(output, wanted, listing, say)
     if request.mode == "append":
-        return _append(output, finished, wanted, listing, say, still_held)
+        return _append(output, finished, wanted, listing, say)
     _require_same(output, finished, wanted, "a finished run")
     output.clear_run()
     say(summary_text(output.summary(), output.name))
@@ -180,17 +179,13 @@ def _settle(
     return None
 
 
-def _begin_anew(
-    output: Output, wanted: Run, listing: Listing, say: Callable[[str], None], still_held: Callable[[], None]
-) -> Run:
+def _begin_anew(output: Output, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run:
     """A run from the beginning. What was there goes when all sources have been listed, and not when one fails."""
     if output.run() is None:
-        still_held()
         output.clear_run()  # of listings that were killed
     if (run := _list(output, wanted, listing, say)) is None:
         reason = "; all were left out" if listing.excluded else ""
         raise SourceError(f"found no files in {', '.join(listing.sources)}{reason}")
-    still_held()
     output.clear(but=run)
     output.begin(run)
     return run
@@ -210,10 +205,8 @@ def _append(
     wanted: Run,
     listing: Listing,
     say: Callable[[str], None],
-    still_held: Callable[[], None],
 ) -> Run | None:
     _require_same(output, finished, replace(wanted, sources=finished.sources), "a finished run")
-    still_held()
     output.clear_run()  # of a run that ended while it tidied up, or while it listed
     listing.known, first_id = _known(output)
     sources = [*finished.sources, *(source for source in wanted.sources if source not in finished.sources)]
@@ -222,7 +215,6 @@ def _append(
     if run is None:
         say(f"Nothing to add: all files in {', '.join(listing.sources)} are in the output.")
     else:
-        still_held()
         output.begin(run)
     return run
 
@@ -275,7 +267,6 @@ def _finish(
     request: Request,
     say: Callable[[str], None],
     started: float,
-    still_held: Callable[[], None],
 ) -> None:
     """Scores what is left, puts the outcomes into place and tells of them."""
     from batch.publish import committed_parts, describe, publish
@@ -286,10 +277,9 @@ def _finish(
         say(f"{before.inputs:,} of {run.inputs:,} files were done before.")
     if before.inputs < run.inputs:
         _score(output, run, model, request, watch)
-    still_held()
     parts, counts = committed_parts(output, run)
     watch.judge(counts.statuses)
-    publish(output, run, parts, still_held)
+    publish(output, run, parts)
     ended = time.monotonic()
     summary = {
         **describe(output),
@@ -301,7 +291,6 @@ def _finish(
         "finished": now(),
         "run": asdict(run),
     }
-    still_held()
     output.finish(summary)
     say(summary_text(summary, output.name))
 

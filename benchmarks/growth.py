@@ -252,7 +252,7 @@ def _publishing(count: int) -> dict[str, float]:
         base, started = _forget_peak(), time.monotonic()
         parts, _ = committed_parts(output, run)
         counted = time.monotonic()
-        publish(output, run, parts, lambda: None)
+        publish(output, run, parts)
         return {
             "parts": count,
             "counting_s": counted - started,

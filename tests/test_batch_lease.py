@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from pyarrow import fs
 
 from batch.errors import JobError, OutputError
 from batch.lease import LeaseLostError, LeaseTakenError, lease
-from batch.output import Output
+from batch.output import Output, Run, now
+from batch.publish import committed_parts
 
 BEAT_S = 0.1
 STORE = fs.LocalFileSystem()
@@ -92,9 +94,9 @@ def test_an_output_says_it_in_a_sentence(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("batch.lease._BEAT_S", BEAT_S)
     out = Output(str(tmp_path))
     out.is_local = False
-    with pytest.raises(JobError, match="took over"), out.locked() as still_held:  # noqa: PT012
+    with pytest.raises(JobError, match="took over"), out.locked():  # noqa: PT012
         next(tmp_path.iterdir()).unlink()
-        still_held()
+        out.clear()
     with out.locked(), pytest.raises(OutputError, match="another run is writing"), out.locked():
         pass
     out.clear()
@@ -111,3 +113,33 @@ def test_a_run_that_cannot_be_asked_is_not_taken_for_dead(tmp_path: Path) -> Non
     with pytest.raises(OSError, match="is away"), lease(Store(), str(tmp_path), beat_s=BEAT_S):
         pass
     assert other.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda out, _: out.clear(),
+        lambda out, _: out.clear_run(),
+        lambda out, run: out.begin(run),
+        lambda out, _: out.reopen(),
+        lambda out, _: out.finish({}),
+        lambda out, run: committed_parts(out, run),
+    ],
+    ids=["clear", "clear_run", "begin", "reopen", "finish", "committed_parts"],
+)
+def test_a_run_that_was_taken_for_dead_changes_nothing(
+    change: Callable[[Output, Run], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batch.lease._BEAT_S", BEAT_S)
+    out = Output(str(tmp_path))
+    out.is_local = False
+    run = Run("0" * 8, now(), "1", {}, {}, ["photos"], 1, 1)
+    for name in ("_SUCCESS", "_summary.json", "_run/run.json", f"_run/{run.id}/parts/orphan-0.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("of the other run")
+    with pytest.raises(JobError, match="took over"), out.locked():  # noqa: PT012
+        for lease_file in tmp_path.glob("_writer-*"):
+            lease_file.unlink()
+        before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+        change(out, run)
+    assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
