@@ -1,12 +1,15 @@
 """`python -m batch SOURCE... OUT`: the command line of the batch job."""
 
 import argparse
+import contextlib
 import io
 import os
 import re
 import signal
+import socket
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from batch.progress import tell
@@ -24,6 +27,7 @@ _ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 
+_STUCK_S = 10
 _DONE, _WRONG_CALL, _INTERRUPTED = 0, 2, 130
 
 _EPILOG = """\
@@ -54,12 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does, it tells of names in any encoding
         sys.stdout.reconfigure(errors="backslashreplace")
-    handler = _interrupt_once()
+    handled = threading.Event()
+    handler = _interrupt_once(handled)
     signal.signal(signal.SIGTERM, handler)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in scripts behind `&`
         signal.signal(signal.SIGINT, handler)
     try:
-        return _run(_report if reporting else _score, options)
+        with _unless_stuck(handled):
+            return _run(_report if reporting else _score, options)
     except KeyboardInterrupt as interrupt:
         tell(sys.stderr, "\nbatch: " + "; ".join(["interrupted", *interrupt.args]) + "\n")
         return _INTERRUPTED
@@ -80,20 +86,49 @@ def _open_streams() -> None:
 def _parse(given: Sequence[str]) -> argparse.Namespace:
     """Options may stand anywhere, unless a `--` says that none follow, which the parser for that would not see."""
     parser = _parser()
-    return parser.parse_args(given) if "--" in given else parser.parse_intermixed_args(given)
+    options = parser.parse_args(given) if "--" in given else parser.parse_intermixed_args(given)
+    if options.device and not options.gpus:
+        parser.error("--device is for the processes of --gpus N; without them, the workers predict on the CPU")
+    return options
 
 
-def _interrupt_once() -> Callable[..., None]:
+def _interrupt_once(handled: threading.Event) -> Callable[..., None]:
     """A handler of signals: what follows the first one finds the program tidying up, and lets it."""
-    interrupted = False
 
     def handle(*_: object) -> None:
-        nonlocal interrupted
-        if not interrupted:
-            interrupted = True
+        if not handled.is_set():
+            handled.set()
             raise KeyboardInterrupt
 
     return handle
+
+
+@contextlib.contextmanager
+def _unless_stuck(handled: threading.Event) -> Iterator[None]:
+    """Ends the process where a signal's handler does not get its turn.
+
+    It runs between two steps of Python, and a call into an object store that does not answer is one step of minutes.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch() -> None:
+        while (number := reader.recv(1)) and number[0] not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        if number and not handled.wait(_STUCK_S):
+            tell(sys.stderr, "\nbatch: interrupted while a store did not answer; the same command goes on from here\n")
+            os._exit(_INTERRUPTED)
+
+    with reader, writer:
+        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            writer.shutdown(socket.SHUT_WR)  # ends the thread
+            watcher.join()
 
 
 def _run(action: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
@@ -113,6 +148,10 @@ def _score(options: argparse.Namespace) -> None:
     from batch.run import run_batch
     from batch.samples import write_samples
 
+    if options.samples and options.dry_run and not Path(options.sources[0]).exists():
+        raise ValueError(
+            f"{options.sources[0]} has no samples yet, and a dry run writes nothing; leave out --dry-run once"
+        )
     if options.samples and not options.dry_run:
         if is_remote(options.sources[0]):
             raise ValueError(f"the samples go into a directory of this machine, not to {options.sources[0]}")
@@ -148,7 +187,9 @@ def _request(options: argparse.Namespace) -> Request:
         follow_links=options.follow_links,
         max_bad=options.max_bad,
         dry_run=options.dry_run,
-        resources=Resources(_address(options.address), options.workers, options.gpus, options.device),
+        resources=Resources(
+            _address(options.address), options.workers, options.gpus, options.device or Resources.device
+        ),
     )
 
 
@@ -209,7 +250,9 @@ def _parser() -> argparse.ArgumentParser:
         help="N processes with a GPU each predict for the others (default: 0)",
     )
     how.add_argument(
-        "--device", choices=("cuda", "cpu"), default="cuda", help="where those predict; cpu tries them without a GPU"
+        "--device",
+        choices=("cuda", "cpu"),
+        help="where those predict (default: cuda); cpu tries them without a GPU",
     )
     how.add_argument("--address", help="a Ray cluster to run on (default: RAY_ADDRESS, or a private one here)")
     how.add_argument("--samples", action="store_true", help="first put sample photographs into SOURCE")

@@ -12,7 +12,7 @@ Every error is one sentence that says what was wrong and what to do.
 """
 
 import errno
-from typing import ClassVar
+from typing import ClassVar, Final
 
 __all__ = [
     "BatchError",
@@ -26,10 +26,13 @@ __all__ = [
     "reason_of",
 ]
 
+_LONGEST_LINE: Final = 300
+
 
 def first_line(error: BaseException) -> str:
     """What a library's error says, without its details."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + " ..."
 
 
 def reason_of(error: OSError) -> str:

@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 _FILE_SCHEME: Final = "file://"
+_RETRY_S: Final = 20
 _READ_BYTES: Final = 1 << 20
 _KINDS: Final = (
     (stat.S_ISDIR, "directory"),
@@ -126,11 +127,16 @@ def filesystem_of(name: str) -> tuple[fs.FileSystem, str]:
 
 @functools.lru_cache
 def _object_store(scheme: str, bucket: str) -> fs.FileSystem:
-    # A private endpoint has no region to look up, and the look-up would ask the public one.
-    private = scheme == "s3" and "AWS_ENDPOINT_URL" in os.environ
-    known = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    region = f"?region={known}" if private else ""
-    return fs.FileSystem.from_uri(f"{scheme}://{bucket}{region}")[0]
+    return fs.FileSystem.from_uri(f"{scheme}://{bucket}{_settings(scheme)}")[0]
+
+
+def _settings(scheme: str) -> str:
+    if scheme in ("gs", "gcs"):
+        return f"?retry_limit_seconds={_RETRY_S}"  # by default a quarter of an hour, without a word
+    if scheme == "s3" and "AWS_ENDPOINT_URL" in os.environ:
+        # A private endpoint has no region to look up, and the look-up would ask the public one.
+        return f"?region={os.environ.get('AWS_REGION') or os.environ.get('AWS_DEFAULT_REGION') or 'us-east-1'}"
+    return ""
 
 
 def read_bytes(name: str, *, max_bytes: int) -> bytes:

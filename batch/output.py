@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -30,6 +31,7 @@ __all__ = ["Output", "Run"]
 
 _RUN: Final = "_run"
 _RUN_FILE: Final = "_run/run.json"
+_STAGING: Final = "staging-"
 _SUCCESS: Final = "_SUCCESS"
 SUMMARY_FILE: Final = "_summary.json"
 REPORT_FILE: Final = "_report.html"
@@ -90,7 +92,7 @@ class Run:
                 return f"it was written with {name} {self.libraries.get(name)} and this is {name} {value}"
         for name, value in other.options.items():
             if self.options.get(name) != value:
-                return f"its --{name.replace('_', '-')} was {self.options.get(name)} and is now {value}"
+                return f"its --{name.replace('_', '-')} was {_option_text(self.options.get(name))} and is now {_option_text(value)}"
         added = [source for source in other.sources if source not in self.sources]
         dropped = [source for source in self.sources if source not in other.sources]
         if added or (dropped and not self.first_id):  # what was appended need not be named again
@@ -124,10 +126,16 @@ class Output:
         """Directory of Ray's checkpoint."""
         return self.path(_RUN, run.id, "checkpoint")
 
-    @property
     def staging(self) -> str:
-        """Directory where final files are written before they appear."""
-        return self.path(_RUN, "staging")
+        """A new directory where final files are written before they appear, of no other call."""
+        return self.path(_RUN, f"{_STAGING}{secrets.token_hex(4)}")
+
+    def clear_staging(self) -> None:
+        """Deletes what calls that were killed have written aside."""
+        self.check_held()
+        for info in self.list(self.path(_RUN)):
+            if info.base_name.startswith(_STAGING):
+                _delete(self.filesystem, info)
 
     def begun(self) -> bool:
         """Whether a run goes on or was stopped there, if only while it listed its inputs."""
@@ -200,10 +208,12 @@ class Output:
             raise OutputError(
                 f"{self.name!r} has a question mark, a tab or a line break in its name; give another directory"
             )
-        if self.filesystem.get_file_info(self.base).type is fs.FileType.File:
-            raise OutputError(f"{self.name} is a file; give a directory for the output")
         try:
+            if self.filesystem.get_file_info(self.base).type is fs.FileType.File:
+                raise OutputError(f"{self.name} is a file; give a directory for the output")
             names = [info.base_name for info in self.list()]
+        except OSError as error:
+            raise OutputError(f"{self.name} cannot be looked at: {_reason(error)}") from error
         except UnicodeDecodeError as error:
             raise OutputError(
                 f"{self.name} holds a file whose name is not UTF-8, which is none of this program's; "
@@ -222,13 +232,12 @@ class Output:
         Raises:
             OutputError: that fails.
         """
-        probe = self.path(_RUN, "probe")
+        probe = f"{_RUN}/probe-{secrets.token_hex(4)}"
         try:
-            self.write("_run/probe", "")
-            self.filesystem.delete_file(probe)
+            self.write(probe, "")
+            self.filesystem.delete_file(self.path(probe))
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else first_line(error)
-            raise OutputError(f"cannot write to {self.name}: {reason}") from error
+            raise OutputError(f"cannot write to {self.name}: {_reason(error)}") from error
 
     def clear(self, *, but: Run | None = None) -> None:
         """Deletes what this program wrote there, and nothing else; what a new run has listed stays."""
@@ -373,6 +382,14 @@ def now() -> str:
 
 def _run_from(values: dict[str, Any]) -> Run:
     return Run(**{each.name: values[each.name] for each in fields(Run) if each.name in values})
+
+
+def _option_text(value: Any) -> str:
+    return "not given" if value is None or value is False else "given" if value is True else str(value)
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else first_line(error)
 
 
 def _delete(filesystem: fs.FileSystem, info: fs.FileInfo) -> None:

@@ -3,7 +3,7 @@
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
 from typing import Final
 
@@ -24,7 +24,7 @@ _SUFFIXES: Final = 8
 
 def preview(request: Request, listing: Listing, say: Callable[[str], None]) -> None:
     """Lists the sources and scores a random handful of files in this process."""
-    sample, suffixes = _draw(listing)
+    sample, suffixes = _draw(listing, random.Random(0))
     total = sum(suffixes.values())
     say(f"{total:,} files in {', '.join(listing.sources)}")
     for suffix, count in suffixes.most_common(_SUFFIXES):
@@ -39,12 +39,11 @@ def preview(request: Request, listing: Listing, say: Callable[[str], None]) -> N
     say(f"about {_duration(seconds / len(sample) * total / workers)} with {workers} processes, and some to start")
 
 
-def _draw(listing: Listing) -> tuple[list[Input], Counter[str]]:
+def _draw(inputs: Iterable[Input], generator: random.Random) -> tuple[list[Input], Counter[str]]:
     """A uniform sample of a stream of unknown length (reservoir sampling), and a count of suffixes."""
-    generator = random.Random(0)
     sample: list[Input] = []
     suffixes: Counter[str] = Counter()
-    for number, each in enumerate(listing):
+    for number, each in enumerate(inputs):
         suffixes[PurePosixPath(each.path).suffix.lower()] += 1
         if len(sample) < _SAMPLE:
             sample.append(each)

@@ -93,13 +93,14 @@ class Tally:
 
     def report(self, block: int, report: BlockReport, done: bool = False) -> None:
         """Takes what one block has come to."""
+        if done:
+            self._in_hand.pop(block, None)  # of a block that is done again, too: its next beginning tells of no death
         if block in self._done:
             return
         self._running[block] = report
         if done:
             self._total.add(self._running.pop(block))
             self._done.add(block)
-            self._in_hand.pop(block, None)
 
     def total(self) -> BlockReport:
         """What all blocks have come to."""

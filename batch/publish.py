@@ -1,5 +1,6 @@
 """Parts -> final files: each committed outcome once, sorted, in files of a sensible size, and a summary of them."""
 
+import contextlib
 import itertools
 import json
 from collections import defaultdict
@@ -59,7 +60,7 @@ def committed_parts(output: Output, run: Run) -> tuple[list[Part], Counts]:
         files = orphans.get(stem, [])
         table = _read_part(output, info.path, files)
         if table is None:
-            output.filesystem.delete_file(info.path)
+            _discard(output, info.path)
             continue
         del orphans[stem]
         blocks = frozenset(table["block"].unique().to_pylist()) - seen
@@ -67,8 +68,14 @@ def committed_parts(output: Output, run: Run) -> tuple[list[Part], Counts]:
         counts.add(_of_blocks(table, blocks))
         parts.extend([Part(files[0], blocks)] if blocks else [])
     for path in itertools.chain.from_iterable(orphans.values()):
-        output.filesystem.delete_file(path)
+        _discard(output, path)
     return parts, counts
+
+
+def _discard(output: Output, path: str) -> None:
+    """Deletes a file; a worker that outlived its driver for a moment may have renamed it since it was listed."""
+    with contextlib.suppress(FileNotFoundError):
+        output.filesystem.delete_file(path)
 
 
 def _read_part(output: Output, checkpoint: str, files: list[str]) -> pa.Table | None:
@@ -91,16 +98,36 @@ def _of_blocks(table: pa.Table, blocks: frozenset[int]) -> pa.Table:
 def publish(output: Output, run: Run, parts: list[Part]) -> None:
     """Writes the final files, first aside, then all into place.
 
+    A call that stood still, and whose place another one took, may go on at any moment. So it touches only what was
+    there when it began and what it wrote itself; and the same parts give files of the same names and bytes.
+
     Args:
         output: a directory with a run.
         run: the run.
         parts: what it has come to.
 
     Raises:
-        IncompleteError: an input has no outcome; nothing is in place then.
+        IncompleteError: an input has no outcome, and nothing is in place then; or what was put into place is not there.
     """
-    _delete_all(output, output.staging, "")
-    output.filesystem.create_dir(output.staging, recursive=True)
+    output.clear_staging()
+    staging = output.staging()
+    output.filesystem.create_dir(staging, recursive=True)
+    sizes = _stage(output, run, parts, staging)
+    for name in sizes:
+        output.check_held()
+        output.filesystem.move(f"{staging}/{name}", output.path(name))
+    output.sync(output.base)
+    own = {info.base_name: info for info in output.list() if info.base_name.startswith(f"faces-{run.id}-")}
+    if {name: info.size for name, info in own.items() if name in sizes} != sizes:
+        raise IncompleteError(f"files that were put into {output.name} are not there; the same command puts them back")
+    for name in own.keys() - sizes.keys():  # of a call that ended while it moved others
+        output.check_held()
+        output.filesystem.delete_file(own[name].path)
+
+
+def _stage(output: Output, run: Run, parts: list[Part], staging: str) -> dict[str, int]:
+    """Writes the final files aside; returns their names and sizes in bytes."""
+    sizes: dict[str, int] = {}
     seen = np.zeros(run.inputs, bool)
     schema = FINAL_SCHEMA.with_metadata(file_metadata(run))
     for number, table in enumerate(_tables(output, parts)):
@@ -108,26 +135,17 @@ def publish(output: Output, run: Run, parts: list[Part]) -> None:
         if places.min() < 0 or places.max() >= run.inputs:
             raise IncompleteError(f"{output.name} holds outcomes of another run; --overwrite starts anew")
         seen[places] = True
-        name = f"{output.staging}/faces-{run.id}-{number:05}.parquet"
-        with output.filesystem.open_output_stream(name) as stream:
+        name = f"faces-{run.id}-{number:05}.parquet"
+        with output.filesystem.open_output_stream(f"{staging}/{name}") as stream:
             pq.write_table(table.replace_schema_metadata(schema.metadata), stream, compression="zstd")
-        output.sync(name)
+            sizes[name] = stream.tell()
+        output.sync(f"{staging}/{name}")
     if not seen.all():
         raise IncompleteError(
             f"{np.count_nonzero(~seen)} of {run.inputs} inputs have no outcome; the same command without --overwrite "
             "does them, and --overwrite starts anew"
         )
-    output.check_held()
-    _delete_all(output, output.base, f"faces-{run.id}-")  # of a call that ended while it moved them
-    for info in output.list(output.staging):
-        output.filesystem.move(info.path, output.path(info.base_name))
-    output.sync(output.base)
-
-
-def _delete_all(output: Output, folder: str, prefix: str) -> None:
-    for info in output.list(folder):
-        if info.base_name.startswith(prefix):
-            output.filesystem.delete_file(info.path)
+    return sizes
 
 
 def file_metadata(run: Run) -> dict[str, str]:

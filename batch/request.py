@@ -48,6 +48,11 @@ class ScoreOptions:
             raise ValueError("max_pixels must be at least 1")
         FaceDetector(min_score=self.min_score, max_faces=self.max_faces)
 
+    def that_matter(self) -> dict[str, Any]:
+        """All of them, but for those of a detector that finds no faces because each image is one."""
+        values = asdict(self)
+        return values if self.faces == "detect" else {**values, "min_score": None, "max_faces": None}
+
     def predictor(self, model: Any, **arguments: Any) -> "Predictor":
         """The chain with these options, and more arguments of `Predictor`."""
         from agegender import Predictor  # takes a second, in which others can look at the call
@@ -64,7 +69,7 @@ class Resources:
         address: of a Ray cluster; None starts a private one on this machine.
         workers: processes that read, decode, detect and cut; 0 takes one a core.
         gpus: processes that only predict, each with a GPU, for the others to share; 0 lets each predict for itself.
-        device: where those processes predict; `cpu` tries the two stages without a GPU.
+        device: where those processes predict, and of no meaning without them; `cpu` tries the two stages without a GPU.
     """
 
     address: str | None = None

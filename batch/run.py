@@ -31,6 +31,10 @@ __all__ = ["run_batch"]
 
 _JUDGE_AFTER: Final = 100
 
+# A worker that outlives a killed driver for a moment may commit a block whose outcomes the next run has just deleted as
+# unfinished, which is found out once all others are done.
+_ROUNDS: Final = 2
+
 # Of these the outcomes' last bits may depend.
 _LIBRARIES: Final = ("numpy", "onnxruntime", "opencv-python-headless", "pillow", "torch")
 
@@ -56,10 +60,10 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
     listing = Listing(sources, output.name, request.follow_links)
     listing.check()
     output.check_ours()
+    wanted, model = _identify(request, listing)  # tells of wrong options before anything is listed or written
     if request.dry_run:
         from batch.preview import preview
 
-        _identify(request, listing)  # tells of wrong options before the listing
         if request.mode == "append":
             listing.known, _ = _known(output)
         preview(request, listing, say)
@@ -70,12 +74,11 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
         _told(lambda: same_command(request.mode) if run else "the same command"),
         output.locked(),
         ThreadPoolExecutor(1) as aside,
+        _engine(request, output, aside),
     ):
-        wanted, model = _identify(request, listing)
-        with _engine(request, output, aside):
-            run = _settle(output, wanted, listing, request, say)
-            if run is not None:
-                _finish(output, run, model, request, say, started)
+        run = _settle(output, wanted, listing, request, say)
+        if run is not None:
+            _finish(output, run, model, request, say, started)
 
 
 @contextlib.contextmanager
@@ -119,7 +122,7 @@ def _identify(request: Request, listing: Listing) -> tuple[Run, bytes]:
         created=now(),
         version=f"{version('agegender')}+{_code_digest()}",
         model=spec.identity(hashlib.sha256(model).hexdigest()),
-        options={**asdict(request.options), "follow_links": request.follow_links, "gpus": _gpus(request)},
+        options={**request.options.that_matter(), "follow_links": request.follow_links, "gpus": _gpus(request)},
         sources=list(listing.sources),
         inputs=0,
         blocks=0,
@@ -128,15 +131,15 @@ def _identify(request: Request, listing: Listing) -> tuple[Run, bytes]:
     return run, model
 
 
-def _gpus(request: Request) -> str:
-    """Where the network runs, as far as the last bits depend on it."""
-    return request.resources.device if request.resources.gpus else "none"
+def _gpus(request: Request) -> str | None:
+    """Where processes predict for others, as far as the last bits depend on it; None where each does so for itself."""
+    return request.resources.device if request.resources.gpus else None
 
 
 def _code_digest() -> str:
     """Eight digits of the code that the outcomes come from: the core, and what reads files and scores them here."""
     sources = [each for each in files("agegender").iterdir() if each.name.endswith(".py")]
-    sources += [files("batch") / name for name in ("location.py", "scorer.py")]
+    sources += [files("batch") / name for name in ("gpu.py", "location.py", "scorer.py")]
     combined = hashlib.sha256()
     for source in sorted(sources, key=str):
         combined.update(source.read_bytes())
@@ -271,13 +274,14 @@ def _finish(
     """Scores what is left, puts the outcomes into place and tells of them."""
     from batch.publish import committed_parts, describe, publish
 
-    _, before = committed_parts(output, run)
-    watch = _Watch(run, before.statuses, request)
-    if before.inputs:
-        say(f"{before.inputs:,} of {run.inputs:,} files were done before.")
-    if before.inputs < run.inputs:
-        _score(output, run, model, request, watch)
     parts, counts = committed_parts(output, run)
+    if counts.inputs:
+        say(f"{counts.inputs:,} of {run.inputs:,} files were done before.")
+    before, watch, rounds = counts.inputs, _Watch(run, counts.statuses, request), 0
+    while counts.inputs < run.inputs and rounds < _ROUNDS:
+        before, watch, rounds = counts.inputs, _Watch(run, counts.statuses, request), rounds + 1
+        _score(output, run, model, request, watch)
+        parts, counts = committed_parts(output, run)
     watch.judge(counts.statuses)
     publish(output, run, parts)
     ended = time.monotonic()
@@ -285,7 +289,7 @@ def _finish(
         **describe(output),
         "seconds": round(ended - started, 3),
         "startup_s": round(watch.startup_s(started), 3),
-        "images_per_s": round(watch.images_per_s(counts.inputs - before.inputs, ended), 2),
+        "images_per_s": round(watch.images_per_s(counts.inputs - before, ended), 2),
         "stages_s": {stage: round(value, 3) for stage, value in watch.report.stages_s.items()},
         "slowest": [{"path": path, "seconds": round(value, 4)} for value, path in watch.report.slowest],
         "finished": now(),

@@ -25,6 +25,7 @@ import torch
 from agegender import Item, Predictor
 from agegender.records import arrow_table
 from agegender.spec import SPEC_FILE, read_artifact
+from batch.__main__ import main
 from batch.location import decode_path, encode_path
 from batch.publish import FINAL_SCHEMA
 
@@ -305,3 +306,40 @@ def test_a_model_that_does_not_run_is_told_of_in_a_sentence(model_path: Path, tm
     assert "does not run on cpu" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_device_without_processes_to_predict_there_is_refused(
+    device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["gone", "out", "--device", device])
+    assert "--device is for the processes of --gpus N" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_samples_that_are_not_there_says_so(tmp_path: Path) -> None:
+    done = run_batch("--samples", tmp_path / "photos", tmp_path / "out", "--dry-run")
+    assert done.returncode == 2
+    assert "has no samples yet, and a dry run writes nothing" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_told_to_end_while_a_store_does_not_answer(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        started = subprocess.Popen(
+            [sys.executable, "-m", "batch", "s3://bucket/photos", str(tmp_path / "out")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
+                "AWS_ACCESS_KEY_ID": "nobody",
+                "AWS_SECRET_ACCESS_KEY": "nothing",
+            },
+        )
+        silent.settimeout(60)
+        silent.accept()
+        started.send_signal(signal.SIGTERM)
+        _, told = started.communicate(timeout=60)
+    assert started.returncode == 130
+    assert "batch: interrupted" in told

@@ -3,16 +3,21 @@
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from batch.errors import JobError, OutputError
+import batch.publish
+from batch.errors import IncompleteError, JobError, OutputError
 from batch.lease import LeaseLostError, LeaseTakenError, lease
 from batch.output import Output, Run, now
-from batch.publish import committed_parts
+from batch.publish import Part, committed_parts, publish
+from batch.scorer import BLOCK_SCHEMA
 
 BEAT_S = 0.1
 STORE = fs.LocalFileSystem()
@@ -143,3 +148,74 @@ def test_a_run_that_was_taken_for_dead_changes_nothing(
         before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
         change(out, run)
     assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+class Waiting(fs.SubTreeFileSystem):
+    """A filesystem that stands still in its third move until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__("/", fs.LocalFileSystem())
+        self.stands, self.goes = threading.Event(), threading.Event()
+        self.moves = 0
+
+    def move(self, source: str, target: str) -> None:
+        self.moves += 1
+        if self.moves == 3:
+            self.stands.set()
+            assert self.goes.wait(30)
+        super().move(source, target)
+
+
+def test_a_run_that_wakes_up_while_its_successor_publishes_takes_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batch.publish._ROWS_PER_FILE", 1)
+    stage = batch.publish._stage
+    run = Run("0" * 8, now(), "1", {}, {}, ["photos"], 6, 6)
+    sleeper, successor = Output(str(tmp_path)), Output(str(tmp_path))
+    sleeper.filesystem = waiting = Waiting()
+    parts = [part(sleeper, run, block) for block in range(run.blocks)]
+    with ThreadPoolExecutor(1) as pool:
+        asleep = pool.submit(publish, sleeper, run, parts)
+        assert waiting.stands.wait(30)
+
+        def stage_and_wake_it_up(*args: Any) -> dict[str, int]:
+            sizes = stage(*args)
+            monkeypatch.setattr(sleeper, "check_held", lost)
+            waiting.goes.set()
+            with pytest.raises(JobError, match="took over"):
+                asleep.result()
+            return sizes
+
+        monkeypatch.setattr(successor, "clear_staging", lambda: None)  # as if the sleeper had begun a moment later
+        monkeypatch.setattr("batch.publish._stage", stage_and_wake_it_up)
+        publish(successor, run, parts)
+    ids = [pq.read_table(path)["id"].to_pylist() for path in successor.files()]
+    assert ids == [[0], [1], [2], [3], [4], [5]]
+
+
+def lost() -> None:
+    raise JobError("another run took over")
+
+
+def part(output: Output, run: Run, block: int) -> Part:
+    """One input's outcome, as Ray writes it."""
+    path = f"{output.parts(run)}/{block}-0.parquet"
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    row = {"block": block, "id": block, "path": f"/{block}.jpg", "status": "no_face"}
+    pq.write_table(pa.Table.from_pylist([row], schema=BLOCK_SCHEMA), path)
+    return Part(path, frozenset([block]))
+
+
+def test_files_that_vanish_from_an_output_while_it_is_published_are_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run("0" * 8, now(), "1", {}, {}, ["photos"], 1, 1)
+    out = Output(str(tmp_path))
+    parts = [part(out, run, 0)]
+    with monkeypatch.context() as patch:
+        patch.setattr(out, "sync", lambda path: [file.unlink() for file in tmp_path.glob("faces-*")])
+        with pytest.raises(IncompleteError, match="the same command puts them back"):
+            publish(out, run, parts)
+    publish(out, run, parts)
+    assert len(pq.read_table(out.files()[0])) == 1

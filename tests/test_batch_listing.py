@@ -456,6 +456,10 @@ def test_blocks_number_every_input_in_order(count: int, first_id: int) -> None:
         expected_id += len(row["paths"])
 
 
+def test_a_crash_repeats_1024_inputs_at_most() -> None:
+    assert [block_size(number) for number in (0, 10_000, 10**9)] == [8, 400, 1024]
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 8])
 def test_shards_are_as_many_as_is_said(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("batch.listing._SHARD_INPUTS", 2)
@@ -474,10 +478,18 @@ def test_ten_thousand_files_in_one_directory(tmp_path: Path) -> None:
 
 
 def test_reading_refuses_what_is_no_file(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    for path, reason in ((tmp_path, "directory"), (tmp_path / "pipe", "named pipe"), ("/dev/zero", "character device")):
+    for path, reason in ((tmp_path, "directory"), ("/dev/zero", "character device")):
         with pytest.raises(OSError, match=reason):
             read_bytes(str(path), max_bytes=100)
+
+
+def test_nobody_waits_for_what_a_named_pipe_may_bring(tmp_path: Path, repository: Path) -> None:
+    """In a process of its own, which ends when it waits after all."""
+    os.mkfifo(tmp_path / "pipe")
+    code = f"from batch.location import read_bytes; read_bytes({str(tmp_path / 'pipe')!r}, max_bytes=100)"
+    call = [sys.executable, "-c", code]
+    read = subprocess.run(call, cwd=repository, capture_output=True, text=True, timeout=60, check=False)
+    assert "it is a named pipe, not a file" in read.stderr
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the system does not list open files")

@@ -6,8 +6,10 @@ import inspect
 import io
 import json
 import os
+import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,13 +33,15 @@ from batch.engine import quiet
 from batch.errors import IncompleteError, JobError, OutputError, RequestError, SourceError, TooManyBadError
 from batch.listing import Input, blocks_of
 from batch.output import Output, Run
+from batch.preview import _draw
 from batch.progress import BlockReport, Progress, Tally, bad_count
-from batch.publish import committed_parts, publish
+from batch.publish import Part, committed_parts, publish
 from batch.report import write_report
 from batch.request import Request, Resources, ScoreOptions
-from batch.run import _exceeds, run_batch
+from batch.run import _exceeds, _Watch, run_batch
 from batch.samples import write_samples
 from batch.scorer import BLOCK_SCHEMA, Scorer, score
+from batch.summary import Counts
 
 WHOLE = ScoreOptions(faces="whole")
 
@@ -167,8 +171,8 @@ def test_an_interrupted_listing_begins_anew(request_: Request, engine: Engine, s
         ({"options": ScoreOptions()}, "--faces was whole and is now detect"),
         ({"options": replace(WHOLE, max_bytes=7)}, "--max-bytes was 512000000 and is now 7"),
         ({"sources": ("tests",)}, "its inputs were .*source and are now .*tests"),
-        ({"follow_links": True}, "--follow-links was False and is now True"),
-        ({"resources": Resources(gpus=1, device="cpu")}, "--gpus was none and is now cpu"),
+        ({"follow_links": True}, "--follow-links was not given and is now given"),
+        ({"resources": Resources(gpus=1, device="cpu")}, "--gpus was not given and is now cpu"),
     ],
 )
 def test_another_run_is_refused_with_the_reason(
@@ -180,6 +184,38 @@ def test_another_run_is_refused_with_the_reason(
         interrupt(request_, engine, said, after=1)
     with pytest.raises(OutputError, match=reason):
         run_batch(replace(request_, **change), said.append)
+
+
+def test_what_a_detector_would_do_does_not_matter_where_each_image_is_a_face(
+    request_: Request, engine: Engine, said: list[str]
+) -> None:
+    run_batch(request_, said.append)
+    run_batch(replace(request_, options=replace(WHOLE, min_score=0.9, max_faces=1)), said.append)
+    assert "Nothing to do" in said[-1]
+
+
+def test_a_call_that_is_refused_leaves_no_directory_behind(request_: Request, said: list[str]) -> None:
+    with pytest.raises(RequestError, match=r"gone\.pt"):
+        run_batch(replace(request_, model="gone.pt"), said.append)
+    assert not Path(request_.out).exists()
+
+
+def test_blocks_that_a_worker_committed_and_lost_are_done_in_a_second_round(
+    request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that outlives a killed driver while the next run deletes what it is writing."""
+    rounds: list[int] = []
+
+    def losing_one_at_first(output: Output, run: Run) -> tuple[list[Part], Counts]:
+        rounds.append(len(rounds))
+        if len(rounds) == 2:
+            next(path for path in Path(output.parts(run)).iterdir()).unlink()
+        return committed_parts(output, run)
+
+    monkeypatch.setattr("batch.publish.committed_parts", losing_one_at_first)
+    run_batch(request_, said.append)
+    assert rounds == [0, 1, 2]
+    assert len(pd.read_parquet(request_.out)) == 50
 
 
 def test_another_model_is_refused(request_: Request, engine: Engine, said: list[str], tmp_path: Path) -> None:
@@ -594,6 +630,20 @@ def test_too_many_bad_inputs_end_the_run_until_more_are_allowed(
     assert (Path(request_.out) / "_SUCCESS").exists()
 
 
+def test_too_many_bad_inputs_end_the_run_before_all_are_done(
+    request_: Request, engine: Engine, said: list[str], tmp_path: Path
+) -> None:
+    """At the first block after a hundred inputs; a limit that was met with fewer says too little."""
+    (tmp_path / "words").mkdir()
+    for number in range(200):
+        (tmp_path / "words" / str(number)).write_bytes(b"words")
+    request = replace(request_, sources=(str(tmp_path / "words"),), max_bad="1")
+    with pytest.raises(TooManyBadError, match="112 of 112 inputs"):
+        run_batch(request, said.append)
+    run_batch(replace(request, max_bad=None), said.append)
+    assert engine.blocks == list(range(8))
+
+
 @pytest.mark.parametrize(
     ("limit", "bad", "exceeded"),
     [("29%", 2900, False), ("0.57%", 57, False), ("0.57%", 58, True), ("5", 5, False), ("5", 6, True)],
@@ -621,6 +671,46 @@ def test_a_block_that_was_written_twice_counts_once_and_a_lost_one_is_missed(
     monkeypatch.setattr(batch.job, "score_manifest", lambda *_: None)
     with pytest.raises(IncompleteError, match="18 of 50"):
         run_batch(request_, said.append)
+
+
+def test_a_part_that_is_not_its_checkpoints_is_done_again(request_: Request, engine: Engine, said: list[str]) -> None:
+    output, run = interrupted(request_, engine, said)
+    first, second, _ = sorted(Path(output.checkpoint(run)).iterdir())
+    second.write_bytes(first.read_bytes())
+    parts, counts = committed_parts(output, run)
+    assert [sorted(part.blocks) for part in parts] == [[0], [2]]
+    assert counts.inputs == 24
+    assert len(list(Path(output.parts(run)).iterdir())) == 2
+    run_batch(request_, said.append)
+    assert pd.read_parquet(request_.out)["id"].tolist() == list(range(50))
+
+
+def test_files_follow_one_another_by_number_whatever_the_order_of_their_parts(
+    request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batch.publish._ROWS_PER_FILE", 10)
+    output, run = interrupted(request_, engine, said)
+    parts, counts = committed_parts(output, run)
+    publish(output, replace(run, inputs=counts.inputs), parts[::-1])
+    numbers = [pq.read_table(path)["id"].to_pylist() for path in output.files()]
+    assert numbers == [list(range(16)), list(range(16, 32))]
+
+
+def test_what_a_call_left_that_ended_while_it_published_goes(
+    request_: Request, engine: Engine, said: list[str]
+) -> None:
+    """Aside or in place already; files of the run that it adds to stay."""
+    output, run = interrupted(request_, engine, said)
+    older, stale, aside = (
+        Path(folder) / f"faces-{run_id}-00007.parquet"
+        for folder, run_id in ((output.base, "0" * 8), (output.base, run.id), (output.staging(), run.id))
+    )
+    aside.parent.mkdir()
+    for path in (older, stale, aside):
+        path.write_bytes(b"PAR1")
+    parts, counts = committed_parts(output, run)
+    publish(output, replace(run, inputs=counts.inputs), parts)
+    assert output.files() == sorted([str(older), output.path(f"faces-{run.id}-00000.parquet")])
 
 
 def test_a_run_that_was_taken_over_while_it_published_moves_nothing(
@@ -675,6 +765,33 @@ def test_dry_run_counts_and_writes_nothing(request_: Request, engine: Engine, sa
     assert ".png" in text
     assert "not_image" in text
     assert "about" in text
+
+
+@pytest.mark.parametrize(
+    ("workers", "told"), [(5, "about 10.0 minutes with 5 processes"), (0, "about 25.0 minutes with 2 processes")]
+)
+def test_a_dry_run_tells_how_long_all_files_take_all_processes(
+    request_: Request, said: list[str], monkeypatch: pytest.MonkeyPatch, workers: int, told: str
+) -> None:
+    """Fifty files, of which 24 were tried, at a minute each."""
+    monkeypatch.setattr("batch.preview._try", lambda *_: (Counter(ok=24), 24 * 60.0))
+    monkeypatch.setattr("batch.preview.core_count", lambda: 2)
+    run_batch(replace(request_, dry_run=True, resources=Resources(workers=workers)), said.append)
+    assert said[-1].startswith(told)
+
+
+@pytest.mark.parametrize(("names", "sample", "draws"), [(3, 1, 3000), (1000, 24, 100)])
+def test_a_dry_run_tries_early_and_late_files_alike(
+    monkeypatch: pytest.MonkeyPatch, names: int, sample: int, draws: int
+) -> None:
+    monkeypatch.setattr("batch.preview._SAMPLE", sample)
+    inputs, generator, thirds = [Input(f"/{number}") for number in range(names)], random.Random(1), Counter[int]()
+    for _ in range(draws):
+        drawn, suffixes = _draw(inputs, generator)
+        assert len(set(drawn)) == sample
+        assert suffixes == {"": names}
+        thirds.update(3 * int(each.path[1:]) // names for each in drawn)
+    assert [count / thirds.total() for _, count in sorted(thirds.items())] == pytest.approx([1 / 3] * 3, abs=0.04)
 
 
 @pytest.mark.parametrize(
@@ -751,6 +868,26 @@ def test_the_report_is_one_page_that_escapes_what_it_shows(
         assert title in page
     run_batch(replace(request_, options=ScoreOptions()), said.append)
     assert "Nothing to do" in said[-1]
+
+
+def test_the_report_shows_the_least_sure_faces_first_and_how_wide_intervals_are(
+    request_: Request, engine: Engine, said: list[str]
+) -> None:
+    """Of one face and thirteen in two files, the two surest are left out."""
+    run_batch(request_, said.append)
+    (path,) = Path(request_.out).glob("*.parquet")
+    scores = [0.99, 0.61, 0.9, 0.72, 0.95, 0.64, 0.83, 0.7, 0.67, 0.88, 0.75, 0.79, 0.62, 0.86]
+    widths = [4.5, 5.0, 9.5, 12.0, *[30.0] * 10]
+    ok = pd.read_parquet(path).query("status == 'ok'")[:14]
+    rows = ok.assign(score=scores, age_low=20.0, age_high=[20 + width for width in widths])
+    table = pa.Table.from_pandas(rows, schema=pq.read_schema(path), preserve_index=False)
+    pq.write_table(table.slice(0, 1), path)
+    pq.write_table(table.slice(1), path.with_name(path.name.replace("00000", "00001")))
+    page = Path(write_report(Output(request_.out))).read_text()
+    assert re.findall(r"<td class=n>(\d\.\d\d)<td>", page) == [f"{score:.2f}" for score in sorted(scores)[:12]]
+    assert re.findall(r"<td>(\d+-\d+)<td class=n>(\d+)<", page.partition("Width of the")[2]) == [
+        *(("0-5", "1"), ("5-10", "2"), ("10-15", "1"), ("30-35", "10"))
+    ]
 
 
 def test_the_report_shows_no_face_of_another_picture(
@@ -950,6 +1087,44 @@ def test_reading_is_told_of_before_there_is_a_result(
     assert len(before) >= 16
     assert before == sorted(set(before))
     assert told[-1][0] == len(paths)
+
+
+def test_a_file_on_which_no_process_died_is_not_given_up() -> None:
+    """Its block is done again and again, as when nodes are lost that held the outcomes."""
+    tally = Tally()
+    for _ in range(5):
+        _, fatal = tally.begin(1)
+        assert fatal == []
+        tally.take(1, "/a/last.jpg")
+        tally.report(1, BlockReport(), done=True)
+
+
+def test_the_slowest_files_are_so_without_the_network(source: Path, model_path: Path) -> None:
+    """It takes a thousand seconds here, for all faces together."""
+
+    class Slow(Scorer):
+        def _on_stage(self, stage: str, seconds: float) -> None:
+            super()._on_stage(stage, seconds + 1000 * (stage == "predict"))
+
+    tally = Tally()
+    paths = [str(source / f"{number:02}.png") for number in range(8)]
+    block = {"block": 0, "first_id": 0, "paths": paths, "errors": [None] * len(paths)}
+    Slow(WHOLE, model_path.read_bytes(), (), tally)(pa.Table.from_pylist([block]))
+    report = tally.total()
+    assert report.stages_s.pop("predict") >= 1000
+    assert sorted(path for _, path in report.slowest) == paths
+    assert sum(seconds for seconds, _ in report.slowest) == pytest.approx(sum(report.stages_s.values()))
+
+
+def test_the_speed_is_that_after_the_first_results(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten of sixty inputs, after ten seconds in which the workers started; what was done before counts nowhere."""
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    watch = _Watch(Run("0" * 8, "", "", {}, {}, [], 100, 8), Counter(ok=40), request_)
+    assert (watch.startup_s(0.0), watch.images_per_s(0, 5.0)) == (0.0, 0.0)
+    for clock[0], done in ((5.0, 0), (10.0, 10), (15.0, 40), (20.0, 60)):
+        watch.see(BlockReport(Counter(ok=done) if done else Counter()))
+    assert (watch.startup_s(0.0), watch.images_per_s(60, 20.0)) == (10.0, 5.0)
 
 
 def test_a_block_that_is_done_again_is_counted_once() -> None:
