@@ -338,8 +338,8 @@ def test_a_run_is_told_to_end_while_a_store_does_not_answer(tmp_path: Path) -> N
             },
         )
         silent.settimeout(60)
-        silent.accept()
-        started.send_signal(signal.SIGTERM)
-        _, told = started.communicate(timeout=60)
+        with silent.accept()[0]:
+            started.send_signal(signal.SIGTERM)
+            _, told = started.communicate(timeout=60)
     assert started.returncode == 130
     assert "batch: interrupted" in told
