@@ -41,9 +41,24 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
 def __getattr__(name: str) -> Any:
-    """Imports what needs torch, which takes seconds, when it is first asked for."""
+    """Imports what needs torch, which takes seconds, when it is first asked for; the version is the package's."""
+    if name == "__version__":
+        return _version()
     home = {"Model": "agegender.model", "Predictor": "agegender.predictor"}.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(home), name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(__name__)
+    except PackageNotFoundError as error:  # as in the server's archive
+        raise AttributeError(f"{__name__} is not installed here, so its version is not known") from error

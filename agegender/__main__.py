@@ -28,7 +28,7 @@ _COLUMNS = "{:<32} {:>4} {:>8} {:>9}  {:<7} {:>5} {:>6}"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 when every photo was looked at, 1 when one was not, 2 for a wrong call."""
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does, it tells of names in any encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     quiet_pillow()
@@ -45,6 +45,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.key_file and not options.server:
+        parser.error("argument --key-file: not allowed without argument --server")
+    if options.device and options.server:
+        parser.error("argument --device: not allowed with argument --server, which has its own")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--key-file", type=Path, help=f"the server's tokens (default: {DEFAULT_KEY_FILE}, for a server on this machine)"
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto)")
     return parser
 
 
@@ -80,7 +90,7 @@ def _predictor(options: argparse.Namespace) -> "Predictor | Client":
         return Client(options.server, key_file=options.key_file, **chosen)
     from agegender import Predictor  # which imports torch; a server has its own
 
-    return Predictor(options.model, device=options.device, **chosen)
+    return Predictor(options.model, device=options.device or "auto", **chosen)
 
 
 def _run(predictor: "Predictor | Client", options: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agegender.detector import Face
-from agegender.image import Pixels
+from agegender.image import Pixels, check_rgb
 
 __all__ = ["TEMPLATE", "cut_chip"]
 
@@ -18,6 +18,9 @@ TEMPLATE: Final = (
     np.array([[58.5, 57.5], [136.7, 58.6], [95.1, 100.2], [63.6, 136.0], [128.9, 137.0]], np.float64) / 200
 )
 
+# Chip pixels to a pixel of the image. At less, a face would be larger than any image.
+_LEAST_SCALE: Final = 1e-6
+
 
 def cut_chip(pixels: Pixels, face: Face | None, size_px: int, *, margin: float = 0.0) -> Pixels:
     """Cuts the square chip that the network sees.
@@ -25,12 +28,19 @@ def cut_chip(pixels: Pixels, face: Face | None, size_px: int, *, margin: float =
     Args:
         pixels: (H, W, 3) uint8 RGB.
         face: a face in pixels of that image, or None to take the whole image as the chip.
-        size_px: side S of the chip.
+        size_px: side S of the chip, at least 1.
         margin: how far a face's chip reaches beyond the template on each side, as a share of the template's side.
 
     Returns:
         (S, S, 3) uint8 RGB; zeros where the chip reaches outside the image.
+
+    Raises:
+        ValueError: the pixels are of another shape or type, or there are none; the chip has no size; or the landmarks
+            lie in one place, too far apart, or nowhere.
     """
+    check_rgb(pixels)
+    if size_px < 1:
+        raise ValueError(f"size_px must be at least 1, not {size_px}")
     if face is None:
         matrix = _whole_image(pixels, size_px)
     else:
@@ -49,12 +59,17 @@ def _similarity(source: npt.NDArray[np.float32], target: npt.NDArray[np.float64]
     """Least-squares rotation, uniform scale and shift (Umeyama, TPAMI 1991; in the plane, as complex numbers).
 
     Landmarks are taken as continuous coordinates: the centre of the first pixel is (0.5, 0.5).
+
+    Raises:
+        ValueError: see `cut_chip`.
     """
     source_z = source[:, 0].astype(np.float64) + 1j * source[:, 1].astype(np.float64)
     target_z = target[:, 0] + 1j * target[:, 1]
     centred = source_z - source_z.mean()
-    spread = max(float(np.sum(np.abs(centred) ** 2)), 1e-6)
-    factor = complex(np.sum((target_z - target_z.mean()) * centred.conj())) / spread
+    spread = float(np.sum(np.abs(centred) ** 2))
+    factor = complex(np.sum((target_z - target_z.mean()) * centred.conj())) / spread if spread else 0j
+    if not abs(factor) >= _LEAST_SCALE:  # nor is that which is no number
+        raise ValueError("no chip can be cut from landmarks that lie in one place, too far apart, or nowhere")
     shift = complex(target_z.mean() - factor * source_z.mean())
     return np.array([[factor.real, -factor.imag, shift.real], [factor.imag, factor.real, shift.imag]])
 
@@ -66,7 +81,7 @@ def _warp(pixels: Pixels, matrix: npt.NDArray[np.float64], size_px: int) -> Pixe
     pixel; what is left is sampled bilinearly at twice the chip's size and averaged two by two.
     """
     scale = math.hypot(matrix[0, 0], matrix[1, 0])
-    block = max(1, math.ceil(1 / (2 * max(scale, 1e-6))))
+    block = max(1, math.ceil(1 / (2 * scale)))
     part, matrix = _reduce(pixels, matrix, size_px, block)
     finer = 2 if scale * block < 0.99 else 1  # the rounding of landmarks must not blur a face of the chip's own size
     side = size_px * finer

@@ -3,8 +3,9 @@
 Images go one per request, as they are: the server collects what arrives together into batches by itself.
 """
 
+import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -15,7 +16,7 @@ from urllib.parse import urlencode
 import urllib3
 from urllib3.connectionpool import ConnectionPool
 
-from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE
+from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE, check_options
 from agegender.errors import ServerError
 from agegender.image import check_bytes
 from agegender.records import from_json
@@ -34,7 +35,7 @@ _IMAGE_ERRORS: Final = ("not_image", "unreadable", "too_large", "failed")
 
 
 class Client:
-    """Predicts by a server. Keeps its connections open, and may be shared between threads.
+    """Predicts by a server. Keeps its connections open until `close`, or the end of a `with`; threads may share it.
 
     Attributes:
         about: `ModelSpec.identity` of the model that gave the last answer; empty before the first.
@@ -63,14 +64,17 @@ class Client:
             key: the server's inference token, where there is no file of them.
             key_file: TorchServe's file of tokens. It is read anew when the server says that a token is old. Without it
                 and without a key: the one in this directory, for a server on this machine; another host is not told it.
-            connect_timeout_s: how long a connection may take.
-            answer_timeout_s: how long an answer may take.
-            retries: how often a request is repeated that the server did not take: it could not be reached, it closed
-                the connection without an answer, or it was too busy. Others are not repeated.
+            connect_timeout_s: how long it may take to make a connection, and to send each block (16 KiB) of an image.
+            answer_timeout_s: how long the server may be silent: until its answer begins, and between two parts of it.
+            retries: how often a request is repeated that was not answered: the server could not be reached, closed the
+                connection before its answer or in the middle of it, or was too busy. Others are not repeated.
 
         Raises:
-            ValueError: the address is none.
+            ValueError: the address is none, or an option is out of its range.
         """
+        check_options(min_score, max_faces, faces)
+        if retries < 0:
+            raise ValueError(f"retries must be at least 0, not {retries}")
         if not server.startswith(("http://", "https://")):
             raise ValueError(f"the server's address must begin with http:// or https://, not {server!r}")
         self.server = server.rstrip("/")
@@ -97,7 +101,17 @@ class Client:
             ServerError: the server cannot be reached, refuses the token, or is out of order; or the token or the given
                 file of tokens is none.
         """
-        return [self._predict(item) for item in as_items(items)]
+        return list(self.stream(items))
+
+    def stream(self, items: Iterable[Item | bytes]) -> Iterator[ImageResult]:
+        """Like `predict`, but yields each result when it has come, so that a later error loses none of them."""
+        return (self._predict(item) for item in as_items(items))
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Closes the connections."""
@@ -115,7 +129,8 @@ class Client:
             status, answer = self._post(item.data, newer)
         if status == 200:
             return self._result(item, answer)
-        if (error := _error(answer)) and error.get("code") in _IMAGE_ERRORS:
+        error = _error(answer)
+        if error.get("code") in _IMAGE_ERRORS and isinstance(error.get("message"), str):
             return ImageResult(item.path, error["code"], error["message"], error.get("width"), error.get("height"))
         if status == 413:
             return ImageResult(item.path, "too_large", f"the server takes no {len(item.data)} bytes; shrink the image")
@@ -132,18 +147,19 @@ class Client:
         """Status and JSON of one request."""
         # TorchServe passes the query to the model on this path alone.
         url = f"{self.server}/models/agegender/invoke?{self._options}"
-        headers = {"Content-Type": "application/octet-stream"}
+        headers = {"Content-Type": "application/octet-stream", "Content-Length": str(memoryview(data).nbytes)}
         if key:
             headers["Authorization"] = f"Bearer {_checked(key)}"
+        body = io.BytesIO(data)  # of which urllib3 sends block by block: the connect timeout bounds each, not the whole
         try:
             response = self._pool.request(
-                "POST", url, body=data, headers=headers, timeout=self._timeout, retries=self._retry()
+                "POST", url, body=body, headers=headers, timeout=self._timeout, retries=self._retry()
             )
         except urllib3.exceptions.HTTPError as error:
             raise ServerError(f"{self.server} does not answer ({_reason(error)}); is it running?") from error
         try:
             answer = json.loads(response.data)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = {}
         return response.status, answer if isinstance(answer, dict) else {}
 
@@ -238,8 +254,8 @@ def _reason(error: Exception) -> str:
 def _explain(server: str, status: int, answer: Mapping[str, Any]) -> str:
     if _says_old_key(answer):
         return f"{server} refuses the token; give the inference key of its key_file.json"
-    if error := _error(answer):
-        return f"{server}: {error.get('message', status)}"
+    if message := _error(answer).get("message"):
+        return f"{server}: {message}"
     if status == 503:
         return f"{server} is too busy or being stopped; try again later"
     return f"{server} answers with status {status}: {str(answer.get('message', 'no reason given'))[:200]}"

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agegender.errors import ModelLoadError
-from agegender.image import Pixels
+from agegender.image import Pixels, check_rgb
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -27,6 +27,7 @@ __all__ = [
     "DEFAULT_MIN_SCORE",
     "Face",
     "FaceDetector",
+    "check_options",
     "detector_weights",
     "smallest_face_px",
 ]
@@ -95,6 +96,20 @@ class Face:
         return Face((x1 * x, y1 * y, x2 * x, y2 * y), self.score, self.landmarks * np.array([x, y], np.float32))
 
 
+def check_options(min_score: float, max_faces: int, faces: str = "detect") -> None:
+    """Makes sure that what a caller chose can be done, wherever it is done then; see `Predictor`.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+    if faces not in ("detect", "whole"):
+        raise ValueError(f"faces must be detect or whole, not {faces!r}")
+    if not 0 <= min_score <= 1:
+        raise ValueError(f"min_score must lie between 0 and 1, not {min_score}")
+    if not isinstance(max_faces, int | np.integer) or max_faces < 1:
+        raise ValueError(f"max_faces must be a whole number of at least 1, not {max_faces!r}")
+
+
 def smallest_face_px(width: int, height: int) -> int:
     """About how wide a face must be to be found in an image of this width and height, in its pixels."""
     return round(_SMALLEST_FACE_PX * max(1.0, max(width, height) / _SIDE_PX))
@@ -143,10 +158,7 @@ class FaceDetector:
             ModelLoadError: the weights are missing or other ones.
             ValueError: an option is out of its range.
         """
-        if not 0 <= min_score <= 1:
-            raise ValueError(f"min_score must lie between 0 and 1, not {min_score}")
-        if max_faces < 1:
-            raise ValueError(f"max_faces must be at least 1, not {max_faces}")
+        check_options(min_score, max_faces)
         self.min_score = min_score
         self.max_faces = max_faces
         checked = (
@@ -162,7 +174,11 @@ class FaceDetector:
 
         Returns:
             Faces in pixels of that image, by falling size of box.
+
+        Raises:
+            ValueError: the pixels are of another shape or type, or there are none.
         """
+        check_rgb(pixels)
         height, width = pixels.shape[:2]
         seen = _shrunk(pixels, _SIDE_PX)
         candidates = self._look(seen, width, height)

@@ -29,6 +29,7 @@ __all__ = [
     "EncodedImage",
     "Pixels",
     "check_bytes",
+    "check_rgb",
     "decode_image",
     "quiet_pillow",
     "read_header",
@@ -131,6 +132,18 @@ def check_bytes(data: object) -> None:
         raise TypeError(f"an image is given as the bytes of its file, not as {type(data).__name__}")
 
 
+def check_rgb(pixels: object) -> None:
+    """Makes sure that an image is what `decode_image` gives: (H, W, 3) uint8 and not empty. Looks at no pixel.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if not isinstance(pixels, np.ndarray):
+        raise ValueError(f"an image must be an array of (H, W, 3) uint8, not {type(pixels).__name__}")
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
+        raise ValueError(f"an image must be (H, W, 3) uint8 and not empty, not {pixels.shape} {pixels.dtype}")
+
+
 def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> EncodedImage:
     """Reads format, size and orientation without decoding a pixel.
 
@@ -139,6 +152,7 @@ def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Encoded
         ImageDecodeError: the format is known but its header is damaged.
         ImageTooLargeError: the header announces more than `max_pixels` pixels, or more in a row or a column than any
             image has.
+        TypeError: the data are no bytes, see `check_bytes`.
     """
     check_bytes(data)
     if not data:
@@ -198,6 +212,7 @@ def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> Pixels
     Raises:
         ImageDecodeError: empty, not an image, of an unknown format, damaged or truncated.
         ImageTooLargeError: more than `max_pixels` pixels.
+        TypeError: the data are no bytes, see `check_bytes`.
     """
     return read_header(data, max_pixels=max_pixels).decode()
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from agegender.chips import cut_chip
-from agegender.detector import DECODE_SIDE_PX, DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE, Face, FaceDetector
+from agegender.detector import DECODE_SIDE_PX, DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE, Face, FaceDetector, check_options
 from agegender.errors import AgeGenderError
 from agegender.image import DEFAULT_MAX_PIXELS, Pixels, read_header
 from agegender.model import Model
@@ -57,13 +57,13 @@ class Predictor:
         """Loads the model.
 
         Args:
-            model: the artifact's path, its bytes, or a loaded model.
+            model: the artifact's path, its bytes, or a loaded model: a `Model`, or what has its `spec` and `predict`.
             faces: `detect` finds the faces of each image; `whole` takes each image as one face, for directories that
                 are already cut.
             min_score: faces that the detector scores below this are dropped, 0 to 1.
             max_faces: at most this many faces per image, the largest first.
             max_pixels: an image that announces more is refused before it is decoded.
-            batch_size: at most about this many chips go through the network at once.
+            batch_size: at most this many chips go through the network at once.
             device: where the network runs: auto, cpu, cuda or cuda:N.
             threads: bounds those of torch, OpenCV and detector, for this whole process; None leaves them as they are.
             detector_weights: see `FaceDetector`.
@@ -71,19 +71,20 @@ class Predictor:
 
         Raises:
             ModelLoadError: the artifact or the detector's weights cannot be used.
+            TypeError: the model is none of what it may be.
             ValueError: an option is out of its range.
         """
-        if faces not in ("detect", "whole"):
-            raise ValueError(f"faces must be detect or whole, not {faces!r}")
+        check_options(min_score, max_faces, faces)
         if max_pixels < 1 or batch_size < 1:
             raise ValueError("max_pixels and batch_size must be at least 1")
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
+        if not isinstance(model, str | Path | bytes) and not hasattr(model, "predict"):
+            raise TypeError(f"a model is given as its path, its bytes, or loaded, not as {type(model).__name__}")
         if threads is not None:
             torch.set_num_threads(threads)
             cv2.setNumThreads(threads)
         self.model = Model(model, device=device) if isinstance(model, str | Path | bytes) else model
-        self.faces = faces
         self.max_pixels = max_pixels
         self.batch_size = batch_size
         self._on_stage = on_stage

@@ -27,7 +27,7 @@ def as_items(items: Iterable[Item | bytes]) -> Iterator[Item]:
     Raises:
         TypeError: one input was given instead of several; each of its bytes would become an item.
     """
-    if isinstance(items, bytes | bytearray | str):
+    if isinstance(items, bytes | bytearray | memoryview | str):
         raise TypeError("items must be a list of encoded images; put a single one into a list")
     return (item if isinstance(item, Item) else Item(item) for item in items)
 

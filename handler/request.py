@@ -317,7 +317,6 @@ def _check_count(count: int) -> None:
 
 def _check_pixels(items: tuple[Item, ...]) -> None:
     """Bounds the pixels of all images together; one image alone is left to the predictor's own check."""
-    _check_count(len(items))
     if len(items) > 1 and (pixels := sum(map(_pixels, items))) > MAX_PIXELS:
         raise RequestError(
             413,

@@ -130,9 +130,12 @@ class Server:
         return None
 
     def live(self) -> bool:
-        """Whether the server runs and answers at all; an orchestrator restarts it where it does not."""
+        """Whether the server runs and answers at all; an orchestrator restarts it where it does not.
+
+        That it refuses the token, which this process may be unable to read, is an answer as well.
+        """
         try:
-            return self._get("inference", "/ping")[0] == 200
+            return self._get("inference", "/ping")[0] < 500
         except (OSError, HTTPException):
             return False
 
@@ -161,7 +164,7 @@ class Server:
         """A token: `inference`, `management` or `API`; empty where there is none."""
         try:
             return str(json.loads((self.directory / KEY_FILE).read_text())[name]["key"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return ""
 
     @contextmanager

@@ -102,6 +102,14 @@ def test_zeros_outside_the_image(scale):
     assert np.abs(chip[66:126, 66:126].astype(int) - 200).max() <= 1
 
 
+@pytest.mark.parametrize("scale", [130, 200, 400, 1500])
+@pytest.mark.parametrize("shift", [399.999, 400.001])
+def test_the_chip_is_the_images_own_up_to_its_edge(scale, shift):
+    """Of a face within the image, though no more is reduced than the part that the chip covers."""
+    pixels = np.full((scale + 800, scale + 800, 3), 255, np.uint8)
+    assert cut_chip(pixels, face_at(TEMPLATE * scale + shift), 64).min() == 255
+
+
 def test_a_face_wholly_outside_gives_an_empty_chip():
     for scale in (50, 2000):
         chip = cut_chip(np.full((100, 100, 3), 255, np.uint8), face_at(TEMPLATE * scale + 5000), 128)
@@ -112,6 +120,17 @@ def test_a_face_wholly_outside_gives_an_empty_chip():
 @pytest.mark.parametrize("degrees", [0, 10, 45])
 def test_a_fine_checkerboard_becomes_grey(factor, degrees):
     """Plain bilinear sampling would show moire of full contrast."""
+    assert contrast_of_checkerboard(factor, degrees) < 16
+
+
+@pytest.mark.parametrize("factor", [1.5, 1.9])
+@pytest.mark.parametrize("degrees", [0, 10])
+def test_a_fine_checkerboard_becomes_grey_where_no_blocks_are_averaged(factor, degrees):
+    assert contrast_of_checkerboard(factor, degrees) < 20
+
+
+def contrast_of_checkerboard(factor, degrees):
+    """How far a chip of fields of one pixel is from grey, where a pixel of the chip takes this many of the image's."""
     scale = round(64 * factor)
     side = 2 * scale
     y, x = np.mgrid[0:side, 0:side]
@@ -119,7 +138,7 @@ def test_a_fine_checkerboard_becomes_grey(factor, degrees):
     landmarks = placed(scale, degrees, (0, 0))
     landmarks += side / 2 - landmarks.mean(axis=0)
     chip = cut_chip(pixels, face_at(landmarks), 64)[4:-4, 4:-4].astype(int)
-    assert np.abs(chip - 127.5).max() < 16
+    return np.abs(chip - 127.5).max()
 
 
 @pytest.mark.parametrize("period", [1, 2, 3])
@@ -195,6 +214,37 @@ def test_type_shape_and_memory(scale):
         assert chip.flags.c_contiguous
         assert not np.shares_memory(chip, pixels)
     assert np.array_equal(pixels, before)
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (9, 9, 4), (0, 9, 3), (9, 0, 3)])
+def test_what_is_no_image_is_refused(shape):
+    for face in (None, face_at(TEMPLATE * 9)):
+        with pytest.raises(ValueError, match=r"must be .* uint8 and not empty, not .* uint8"):
+            cut_chip(np.zeros(shape, np.uint8), face, 64)
+        with pytest.raises(ValueError, match=r"not .* float32"):
+            cut_chip(np.zeros((9, 9, 3), np.float32), face, 64)
+
+
+@pytest.mark.parametrize("size_px", [0, -1])
+def test_a_chip_without_size_is_refused(size_px):
+    with pytest.raises(ValueError, match="size_px must be at least 1"):
+        cut_chip(np.zeros((9, 9, 3), np.uint8), None, size_px)
+
+
+@pytest.mark.parametrize(
+    "landmarks",
+    [np.full((5, 2), 50), TEMPLATE * 1e12, np.full((5, 2), np.nan)],
+    ids=["in one place", "too far apart", "no numbers"],
+)
+def test_landmarks_that_are_no_face_are_refused(landmarks):
+    with pytest.raises(ValueError, match="no chip can be cut"):
+        cut_chip(np.zeros((100, 100, 3), np.uint8), face_at(landmarks), 64)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e7])
+def test_faces_of_absurd_size_are_cut_all_the_same(scale):
+    pixels = np.full((100, 100, 3), 200, np.uint8)
+    assert cut_chip(pixels, face_at(TEMPLATE * scale + 50), 64).shape == (64, 64, 3)
 
 
 def test_views_and_read_only_images_will_do():

@@ -172,17 +172,24 @@ def test_a_photo_that_may_not_be_read(call, folder):
         ([], "PHOTO"),
         (["--min-score", "2", "a.jpg"], "min_score must lie between 0 and 1, not 2.0"),
         (["--min-score", "high", "a.jpg"], "invalid float value"),
-        (["--max-faces", "0", "a.jpg"], "max_faces must be at least 1, not 0"),
+        (["--max-faces", "0", "a.jpg"], "max_faces must be a whole number of at least 1, not 0"),
         (["--faces", "some", "a.jpg"], "invalid choice"),
         (["--device", "gpu", "a.jpg"], "unknown device 'gpu'; take auto, cpu, cuda or cuda:N"),
         (["--model", ".", "a.jpg"], "cannot read the model"),
         (["--colour", "a.jpg"], "unrecognized arguments"),
+        (["--key-file", "keys", "a.jpg"], "--key-file: not allowed without argument --server"),
     ],
 )
 def test_exit_code_2_for_a_wrong_call(arguments, message, call):
     code, out, err = call(*arguments)
     assert (code, out) == (2, [])
     assert message in err[-1]
+
+
+def test_a_server_has_a_device_of_its_own(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--server", "http://127.0.0.1:9", "--device", "cpu", "a.jpg"])
+    assert "--device: not allowed with argument --server" in capsys.readouterr().err
 
 
 def test_whole_takes_each_photo_as_a_face(call, folder):

@@ -1,8 +1,10 @@
 """The client against a scripted HTTP server: what it repeats, what it does not, and what it says."""
 
 import json
+import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ OLD_KEY = {"code": 400, "type": "InvalidKeyException", "message": "Token Authori
 
 @dataclass
 class Script:
-    """A server that gives the next of its answers to each request: status, JSON and headers; `close`; or `silence`.
+    """A server that gives the next of its answers to each request: status, JSON, headers; `close`, `break`, `silence`.
 
     An answer that is a function gives one, when the request has arrived.
     """
@@ -74,6 +76,10 @@ def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
                 script.ended.wait(timeout=60)
                 self.close_connection = True
                 return
+            if answer == "break":
+                self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n{"path"')
+                self.close_connection = True
+                return
             status, document, *headers = answer
             text = document if isinstance(document, bytes) else json.dumps(document).encode()
             self.send_response(status)
@@ -111,27 +117,110 @@ def test_results_carry_the_paths_of_their_items_over_one_connection(scripted: An
     assert client.about["version"] == "1"
 
 
-@pytest.mark.parametrize("items", [b"bytes of one image", "path.jpg", Item(b"x")])
-def test_a_single_item_is_no_list(items: Any, scripted: Any, connect: Any) -> None:
+def test_an_error_on_the_way_loses_no_result_before_it(scripted: Any, connect: Any) -> None:
+    results = connect(scripted((200, ANSWER), (500, {}))).stream([Item(b"1", "a"), b"2"])
+    assert next(results).path == "a"
+    with pytest.raises(ServerError, match="status 500"):
+        next(results)
+
+
+def test_a_with_statement_closes_the_connections(scripted: Any) -> None:
+    script = scripted((200, ANSWER), (200, ANSWER))
+    with Client(script.address, key="k") as client:
+        client.predict([b"1"])
+        assert len(client._pool.pools) == 1
+    assert len(client._pool.pools) == 0
+
+
+@pytest.mark.parametrize("items", [b"bytes of one image", memoryview(b"another"), "path.jpg", Item(b"x")])
+@pytest.mark.parametrize("call", [Client.predict, Client.stream])
+def test_a_single_item_is_no_list(items: Any, call: Any, scripted: Any, connect: Any) -> None:
     script = scripted()
     with pytest.raises(TypeError):
-        connect(script).predict(items)
+        call(connect(script), items)
     assert script.requests == []
 
 
 def test_options_and_key_are_sent(scripted: Any, connect: Any) -> None:
     script = scripted((200, ANSWER))
+    script.address += "/proxy/"
     connect(script, faces="whole", min_score=0.5, max_faces=7).predict([b"1"])
     path, key, _ = script.requests[0]
-    assert path == "/models/agegender/invoke?faces=whole&min_score=0.5&max_faces=7"
+    assert path == "/proxy/models/agegender/invoke?faces=whole&min_score=0.5&max_faces=7"
     assert key == "Bearer k"
 
 
-@pytest.mark.parametrize("failure", ["close", (503, {"code": 503})], ids=["closed", "busy"])
-def test_what_the_server_did_not_take_is_sent_again(scripted: Any, connect: Any, failure: Any) -> None:
+@pytest.mark.parametrize("failure", ["close", "break", (503, {"code": 503})], ids=["closed", "broken off", "busy"])
+def test_what_was_not_answered_is_sent_again_as_a_whole(scripted: Any, connect: Any, failure: Any) -> None:
     script = scripted(failure, failure, (200, ANSWER))
-    assert connect(script).predict([b"1"]) == [RESULT]
-    assert len(script.requests) == 3
+    data = bytes(range(256)) * 4000  # of many blocks
+    assert connect(script).predict([data]) == [RESULT]
+    assert [body == data for _, _, body in script.requests] == [True] * 3
+
+
+@pytest.mark.parametrize("retries", [0, 1])
+def test_it_is_sent_again_as_often_as_was_asked_for(scripted: Any, connect: Any, retries: int) -> None:
+    script = scripted(*["close"] * (retries + 1), (200, ANSWER))
+    with pytest.raises(ServerError, match="does not answer"):
+        connect(script, retries=retries).predict([b"1"])
+    assert len(script.requests) == retries + 1
+
+
+@pytest.mark.parametrize("kind", [bytearray, memoryview, lambda data: memoryview(data).cast("I")])
+def test_all_that_holds_bytes_is_sent(scripted: Any, connect: Any, kind: Any) -> None:
+    script = scripted((200, ANSWER))
+    assert connect(script).predict([kind(b"12345678")]) == [RESULT]
+    assert script.requests[0][2] == b"12345678"
+
+
+def test_the_connect_timeout_bounds_no_upload_that_goes_on(connect: Any) -> None:
+    """The sockets' buffers hold a few of these 16 MB, and the others leave over more than the timeout."""
+    size = 16_000_000
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        read = pool.submit(_read_slowly, server, bytes_per_s=5.5e6)
+        client = connect(
+            Script([], address=f"http://127.0.0.1:{server.getsockname()[1]}"), connect_timeout_s=1.5, retries=0
+        )
+        assert client.predict([bytes(size)]) == [RESULT]
+        assert read.result() == size
+
+
+def _read_slowly(server: socket.socket, *, bytes_per_s: float) -> int:
+    """Answers one request; returns how long its body was."""
+    connection, _ = server.accept()
+    with connection, connection.makefile("rb") as file:
+        head = b"".join(iter(file.readline, b"\r\n"))
+        length = re.search(rb"content-length: (\d+)", head.lower())
+        assert length
+        left, started = int(length[1]), time.monotonic()
+        while left and (part := file.read(min(left, 50_000))):
+            left -= len(part)
+            time.sleep(max(0, started + (int(length[1]) - left) / bytes_per_s - time.monotonic()))
+        text = json.dumps(ANSWER).encode()
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(text), text))
+        return int(length[1]) - left
+
+
+def test_a_connection_is_given_up_after_its_own_timeout(connect: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+
+    def wait(_: Any, timeout: float, **__: Any) -> Any:
+        waited.append(timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr("urllib3.util.connection.create_connection", wait)
+    with pytest.raises(ServerError, match="does not answer"):
+        connect(Script([], address="http://127.0.0.1:9"), connect_timeout_s=0.25, retries=0).predict([b"1"])
+    assert waited == [0.25]
+
+
+def test_an_image_and_its_key_go_to_no_other_address(scripted: Any, connect: Any) -> None:
+    other = scripted((200, ANSWER))
+    script = scripted((307, {}, ("Location", f"{other.address}/models/agegender/invoke")))
+    with pytest.raises(ServerError, match="status 307"):
+        connect(script, answer_timeout_s=5).predict([b"1"])
+    assert (len(script.requests), other.requests) == (1, [])
 
 
 def test_a_server_that_wants_to_be_asked_in_an_hour_is_not_waited_for(scripted: Any, connect: Any) -> None:
@@ -158,10 +247,14 @@ def test_a_slow_answer_is_not_asked_for_again(scripted: Any, connect: Any) -> No
         ((400, {"error": {"code": "bad_option", "message": "option x"}}), "option x"),
         ((500, {"error": "model not found"}), "model not found"),
         ((500, {"error": None}), "status 500"),
+        ((400, {"error": {"code": "not_image"}}), "status 400"),
+        ((400, {"error": {"code": "not_image", "message": 5}}), "5"),
         ((400, OLD_KEY), "refuses the token"),
         ((404, b"<html>"), "status 404"),
         ((200, b"<html>"), "no answer of this service"),
         ((200, [1]), "no answer of this service"),
+        ((200, b"[" * 100_000), "no answer of this service"),
+        ((200, {**ANSWER, "model": None}), "no answer of this service"),
     ],
 )
 def test_other_failures_are_told_once(scripted: Any, connect: Any, answer: Any, message: str) -> None:
@@ -311,6 +404,23 @@ def unused_address() -> str:
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"faces": "all"},
+        {"min_score": 7},
+        {"max_faces": 0},
+        {"max_faces": 2.5},
+        {"retries": -1},
+        {"answer_timeout_s": 0},
+    ],
+    ids=str,
+)
+def test_an_option_out_of_range(options: Any) -> None:
+    with pytest.raises(ValueError, match=next(iter(options)) if "answer_timeout_s" not in options else "timeout"):
+        Client(**options)
 
 
 def test_an_address_without_scheme_is_refused() -> None:

@@ -1,6 +1,7 @@
 """image -> faces: found from 20 px to the whole frame, ordered, bounded, inside the image, not where are none."""
 
 import threading
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -160,6 +161,14 @@ def test_a_face_that_fills_the_frame_is_found(side, border, detector, hopper_pix
     assert inside(face, pixels)
 
 
+@pytest.mark.parametrize("side", [640, 2000])
+def test_a_face_that_fills_more_than_the_frame_is_found(side, detector, hopper_pixels):
+    """By the second look alone."""
+    crop = hopper_pixels[120 + 21 : 333 - 21, 183 + 17 : 353 - 17]
+    (face,) = detector.detect(resized(crop, side * crop.shape[1] // crop.shape[0], side))
+    assert face.box[3] - face.box[1] > 0.9 * side
+
+
 def test_boxes_of_faces_cut_by_the_frame_end_there(detector, hopper_pixels):
     for cut in (hopper_pixels[:, 230:], hopper_pixels[:, :310], hopper_pixels[180:], hopper_pixels[:290]):
         pixels = np.ascontiguousarray(cut)
@@ -187,6 +196,45 @@ def test_tiny_and_thin_images(shape, fill):
         assert np.isfinite(face.landmarks).all()
         assert np.isfinite(face.score)
         assert inside(face, pixels)
+
+
+def test_what_it_sees_of_a_large_image_is_averaged_and_not_sampled():
+    pixels = np.zeros((2560, 2560, 3), np.uint8)
+    pixels[:, ::4] = 200
+    assert np.unique(module._shrunk(pixels, 640)).tolist() == [50]
+
+
+@pytest.mark.parametrize(("kind", "value"), [("bbox", 1000.0), ("kps", np.nan), ("kps", np.inf)])
+def test_what_is_no_number_is_no_face(kind, value, monkeypatch):
+    """The network gives the logarithm of a face's size, which may be more than a number can hold."""
+    detector = FaceDetector()
+    network = detector._network
+
+    def run(names, inputs):
+        outputs = [output.copy() for output in network.run(names, inputs)]
+        for name in ("cls_32", "obj_32"):
+            outputs[names.index(name)][0, 0] = 1
+        outputs[names.index(f"{kind}_32")][0, 0] = value
+        return outputs
+
+    monkeypatch.setattr(detector, "_network", SimpleNamespace(run=run))
+    assert detector.detect(np.zeros((64, 64, 3), np.uint8)) == []
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [
+        np.zeros((9, 9), np.uint8),
+        np.zeros((9, 9, 4), np.uint8),
+        np.zeros((9, 9, 3), np.float32),
+        np.zeros((0, 9, 3), np.uint8),
+        Image.new("RGB", (9, 9)),
+    ],
+    ids=["grey", "four channels", "float32", "empty", "Pillow's"],
+)
+def test_what_is_no_image_is_refused(pixels, detector):
+    with pytest.raises(ValueError, match=r"an image must be .*\(H, W, 3\) uint8"):
+        detector.detect(pixels)
 
 
 @pytest.mark.parametrize(
@@ -246,9 +294,9 @@ def test_min_score_out_of_range(score):
         FaceDetector(min_score=score)
 
 
-@pytest.mark.parametrize("most", [0, -1])
+@pytest.mark.parametrize("most", [0, -1, 2.5])
 def test_max_faces_out_of_range(most):
-    with pytest.raises(ValueError, match="max_faces must be at least 1"):
+    with pytest.raises(ValueError, match=f"max_faces must be a whole number of at least 1, not {most}"):
         FaceDetector(max_faces=most)
 
 

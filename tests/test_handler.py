@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 from ts.metrics.caching_metric import CachingMetric as TorchServesMetric
 
 from agegender import Predictor
@@ -151,6 +152,36 @@ def test_a_failure_of_ours_is_told_to_the_log_alone(
     assert "secret" not in texts[0]
 
 
+def test_a_failure_of_ours_on_one_image_is_told_to_the_log_alone(
+    handler: AgeGenderHandler,
+    context: Context,
+    group_jpeg: bytes,
+    blank_png: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whether it is all of its request or one of two."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr("agegender.predictor.cut_chip", fail)
+    texts = handler.handle([{"body": group_jpeg}, {"a": group_jpeg, "b": blank_png}], context)
+    assert context.statuses == {0: 500, 1: 200}
+    assert [record["status"] for record in json.loads(texts[1])] == ["failed", "no_face"]
+    assert not [text for text in texts if "secret" in text or "RuntimeError" in text]
+    assert caplog.text.count("RuntimeError: secret") == 2
+
+
+def test_an_image_of_more_than_a_requests_pixels_is_too_large(
+    handler: AgeGenderHandler, context: Context, encode: Any
+) -> None:
+    data = encode(Image.new("1", (7200, 7200)), "PNG")
+    error = json.loads(handler.handle([{"body": data}], context)[0])["error"]
+    assert (context.statuses[0], error["code"], error["width"]) == (413, "too_large", 7200)
+    assert "over the limit of 50" in error["message"]
+
+
 def test_an_error_keeps_nothing_of_its_request(
     handler: AgeGenderHandler, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +221,15 @@ def test_a_batch_that_waits_for_the_lock_is_turned_away_too(
             assert json.loads(texts.result(timeout=60)[0])["error"]["code"] == "stopping"
         finally:
             (unpacked / DRAINING).unlink()
+
+
+def test_the_lock_is_free_after_a_batch(
+    handler: AgeGenderHandler, context: Context, unpacked: Path, blank_png: bytes
+) -> None:
+    """Whoever stops the server waits for that."""
+    handler.handle([{"body": blank_png}], context)
+    with (unpacked / BUSY_LOCK).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_worker_that_is_alone_shares_its_images_out_over_the_cores(

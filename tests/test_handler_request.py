@@ -45,6 +45,10 @@ def test_form_fields_are_images_named_by_their_field_and_in_order() -> None:
     assert request.form == "list"
 
 
+def test_a_long_name_of_a_field_is_cut() -> None:
+    assert parse_request({"a" * 5000: IMAGE}, {}).items[0].path == "a" * 1024
+
+
 @pytest.mark.parametrize("decoded", [False, True], ids=["text", "decoded by TorchServe"])
 def test_instances_are_images_in_order_with_their_paths(decoded: bool) -> None:
     document = {"instances": [instance(b"1", path="one"), instance(b"2")]}
@@ -129,6 +133,7 @@ def test_what_may_be_a_file_is_an_image_however_small(encode: Any) -> None:
         ({"body": b"1", "max_faces": "0"}, {}, 400, "bad_option"),
         ({"body": b"1", "max_faces": str(MAX_FACES + 1)}, {}, 400, "bad_option"),
         ({"body": b"1", "max_faces": "²"}, {}, 400, "bad_option"),
+        ({"body": b"1", "max_faces": "9" * 5000}, {}, 400, "bad_option"),
         ({"body": b"1", "require_face": "maybe"}, {}, 400, "bad_option"),
         ({"body": b"1", "faces": {"nested": 1}}, {}, 400, "bad_option"),
         ({"body": bytes(MAX_IMAGE_BYTES + 1)}, {}, 413, "too_large"),
@@ -205,3 +210,9 @@ def test_the_pixels_of_all_images_together_are_bounded(encode: Any) -> None:
     with pytest.raises(RequestError, match=r"60\.0 megapixels in one request"):
         parse_request({"a": large, "b": large}, {})
     assert len(parse_request({"a": large}, {}).items) == 1
+
+
+def test_the_pixels_of_one_image_are_left_to_the_predictor(encode: Any) -> None:
+    """Which tells its size as well."""
+    too_large = encode(Image.new("1", (7200, 7200)), "PNG")
+    assert len(parse_request({"a": too_large}, {}).items) == 1

@@ -138,6 +138,24 @@ def test_another_server_on_the_management_port_is_none_of_ours(
     assert capsys.readouterr().out == "no\nstopped\n"
 
 
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (400, 0), (404, 0), (500, 1), (503, 1)])
+def test_a_server_that_answers_is_live_also_where_it_refuses_the_token(
+    stopped: Server, monkeypatch: pytest.MonkeyPatch, status: int, code: int
+) -> None:
+    monkeypatch.setattr(Server, "_get", lambda *_: (status, b""))
+    assert main(["live", "--config", str(stopped.config)]) == code
+
+
+def test_a_server_that_does_not_answer_is_not_live(stopped: Server) -> None:
+    assert not stopped.live()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "5", "{}", '{"inference": []}', '{"inference": {}}'])
+def test_a_key_file_without_the_key_gives_none(stopped: Server, content: str) -> None:
+    (stopped.directory / "key_file.json").write_text(content)
+    assert stopped.key("inference") == ""
+
+
 def test_an_address_that_is_not_set_is_torchserves_own(stopped: Server) -> None:
     stopped.settings.clear()
     assert [stopped.address(api)[-5:] for api in ("inference", "management")] == [":8080", ":8081"]

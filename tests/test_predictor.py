@@ -4,11 +4,13 @@ import io
 import logging
 import resource
 import threading
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import agegender
 from agegender import ImageResult, Item, Model, ModelLoadError, Predictor
 from agegender import predictor as module
 
@@ -135,7 +137,7 @@ def test_bare_bytes_and_generators(predictor, astronaut, blank_png):
             assert_same(one, other)
 
 
-@pytest.mark.parametrize("items", [b"bytes of one image", bytearray(b"another"), "path.jpg", Item(b"x"), None])
+@pytest.mark.parametrize("items", [b"one image", bytearray(b"2"), memoryview(b"3"), "path.jpg", Item(b"x"), None])
 def test_a_single_item_is_no_list(items, predictor):
     with pytest.raises(TypeError):
         predictor.predict(items)
@@ -148,6 +150,8 @@ def test_a_single_item_is_no_list(items, predictor):
         {"min_score": -1},
         {"min_score": 2},
         {"max_faces": 0},
+        {"max_faces": 2.5},
+        {"faces": "whole", "max_faces": 0},
         {"max_pixels": 0},
         {"batch_size": 0},
         {"threads": 0},
@@ -156,8 +160,18 @@ def test_a_single_item_is_no_list(items, predictor):
     ids=str,
 )
 def test_an_option_out_of_range(options, model):
-    with pytest.raises(ValueError, match=rf"{next(iter(options))}\b"):
+    with pytest.raises(ValueError, match=rf"{list(options)[-1]}\b"):
         Predictor(model, **options)
+
+
+def test_a_count_of_numpys_is_whole_too(model, group_jpeg):
+    assert len(Predictor(model, max_faces=np.int64(1)).predict([group_jpeg])[0].faces) == 1
+
+
+@pytest.mark.parametrize("model", [None, bytearray(b"artifact"), 7])
+def test_a_model_that_is_none(model):
+    with pytest.raises(TypeError, match=f"its path, its bytes, or loaded, not as {type(model).__name__}"):
+        Predictor(model)
 
 
 def test_a_model_that_is_not_there(tmp_path):
@@ -168,6 +182,20 @@ def test_a_model_that_is_not_there(tmp_path):
 def test_other_detector_weights(model):
     with pytest.raises(ModelLoadError, match="YuNet"):
         Predictor(model, detector_weights=b"other")
+
+
+def test_the_package_lists_what_it_imports_late_and_knows_its_version():
+    assert {*agegender.__all__, "__version__"} <= set(dir(agegender))
+    assert agegender.__version__ == version("agegender")
+
+
+def test_where_the_package_is_not_installed_it_has_no_version(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", _not_installed)
+    assert not hasattr(agegender, "__version__")
+
+
+def _not_installed(name):
+    raise PackageNotFoundError(name)
 
 
 # --- faces -----------------------------------------------------------------------------------------------------------
