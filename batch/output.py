@@ -91,8 +91,8 @@ class Run:
             if self.libraries.get(name) != value:
                 return f"it was written with {name} {self.libraries.get(name)} and this is {name} {value}"
         for name, value in other.options.items():
-            if self.options.get(name) != value:
-                return f"its --{name.replace('_', '-')} was {_option_text(self.options.get(name))} and is now {_option_text(value)}"
+            if (old := self.options.get(name)) != value:
+                return f"its --{name.replace('_', '-')} was {_option_text(old)} and is now {_option_text(value)}"
         added = [source for source in other.sources if source not in self.sources]
         dropped = [source for source in self.sources if source not in other.sources]
         if added or (dropped and not self.first_id):  # what was appended need not be named again

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-__all__ = ["write_samples"]
+__all__ = ["package_file", "write_samples"]
 
 # Both public domain (NASA; US Navy).
 _PHOTOGRAPHS: Final = (("skimage", "data/astronaut.png"), ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"))
@@ -18,7 +18,7 @@ def write_samples(folder: Path) -> None:
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    samples = {Path(name).name: _package_file(package, name).read_bytes() for package, name in _PHOTOGRAPHS}
+    samples = {Path(name).name: package_file(package, name).read_bytes() for package, name in _PHOTOGRAPHS}
     grace_hopper = samples["grace_hopper.jpg"]
     samples["broken.jpg"] = grace_hopper[: len(grace_hopper) // 2]
     samples["notes.txt"] = b"This is no photograph. It shows how other files are reported.\n"
@@ -27,8 +27,12 @@ def write_samples(folder: Path) -> None:
             (folder / name).write_bytes(data)
 
 
-def _package_file(package: str, name: str) -> Path:
-    """Found without importing the package, which takes longer than the job's listing."""
+def package_file(package: str, name: str) -> Path:
+    """A file that an installed package carries, found without importing it, which takes longer than the job's listing.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(f"the samples need the package {package}; install agegender[batch]")

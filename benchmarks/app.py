@@ -26,10 +26,10 @@ from playwright.sync_api import Browser, Page
 
 from agegender.records import arrow_schema
 from app.scores import INTERVAL_WIDTH, Scores, Selection
+from batch.samples import package_file
 from benchmarks.calls import in_a_sentence, positive
 from benchmarks.outputs import add_output_options, write_outputs
 from tests.browsing import chromium, open_page, running_app, settle, upload
-from tests.conftest import package_file
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ import psutil
 import torch
 import tyro
 
-from agegender.process import keep_freed_memory
+from agegender.process import core_count, keep_freed_memory
 from benchmarks.calls import in_a_sentence
 from training.dataset import load_faces
 from training.loop import AugmentedChips, Batch, epoch_batches, initial_state, train_one_epoch
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measure(options: TrainOptions) -> None:
     keep_freed_memory(most_bytes=None)  # as `training.run` does
-    torch.set_num_threads(options.threads or len(psutil.Process().cpu_affinity()))
+    torch.set_num_threads(options.threads or core_count())
     faces = load_faces(options)
     samples = faces.samples["train"]
     network = create_network(options.backbone, pretrained=False, dropout=options.dropout, drop_path=options.drop_path)

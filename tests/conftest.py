@@ -4,7 +4,6 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from PIL import Image
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests share the machine with what they start
 
 from agegender import Predictor
+from batch.samples import package_file
 from handler.archive import build_archive
 from handler.server import Server, copy_settings
 from tests.hostile import Ask
@@ -26,14 +26,6 @@ MODEL = REPOSITORY / "model_store" / "agegender.pt"
 SHARED = REPOSITORY.parent / "shared"
 
 Encode = Callable[..., bytes]
-
-
-def package_file(package: str, name: str) -> Path:
-    """A file that an installed package carries, found without importing the package."""
-    spec = find_spec(package)
-    assert spec is not None, f"{package} is not installed"
-    assert spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0]) / name
 
 
 @pytest.fixture(scope="session")

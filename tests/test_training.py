@@ -1,8 +1,10 @@
 """Training, from a labelled folder to an artifact that predicts, on the hundred LFW faces that scikit-image carries."""
 
 import csv
+import errno
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -20,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -34,6 +37,7 @@ import training.augment
 import training.cache
 import training.dataset
 import training.distributed
+import training.loop
 import training.run
 from agegender import Model, Predictor
 from training.__main__ import main
@@ -61,6 +65,7 @@ from training.face_resnet import FaceResNet, load_packaged_weights
 from training.loop import (
     BEST,
     AugmentedChips,
+    TrainState,
     _validate,
     epoch_batches,
     initial_state,
@@ -68,6 +73,7 @@ from training.loop import (
     read_curve,
     save_whole,
     train,
+    train_one_epoch,
 )
 from training.loss import Targets, criterion, expected_age, label_targets
 from training.metrics import Scored, measure, resamples
@@ -168,9 +174,64 @@ def test_what_is_left_out_is_counted_and_listed(options: TrainOptions) -> None:
         "age out of range": 1,
         "gender out of range": 1,
         "unparsable name": 1,
-        "same bytes as another file": 1,
+        "same bytes as another file with other labels": 1,
         "no face found": 1,
     }
+
+
+def test_what_is_no_picture_is_listed_and_never_waited_for(labelled_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(labelled_dir, tmp_path / "faces")
+    (tmp_path / "faces" / "linked").symlink_to(labelled_dir)
+    (tmp_path / "faces" / "20_0_0_gone.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "faces" / "folder" / "21_0_0_folder.jpg").mkdir(parents=True)
+    os.mkfifo(tmp_path / "faces" / "22_0_0_pipe.jpg")
+    there, before = scan(labelled_dir)
+    here, rejected = scan(tmp_path / "faces")
+    assert [sample.digest for sample in here] == [sample.digest for sample in there]
+    assert rejected.counts().items() - before.counts().items() == {
+        ("link to a directory, which is not entered", 1),
+        ("[Errno 2] No such file or directory", 1),
+        ("no regular file", 1),
+    }
+
+
+def test_a_folder_of_pictures_without_faces_is_told_why(options: TrainOptions, tmp_path: Path) -> None:
+    for name in ("20_0_0_a.jpg", "21_1_0_b.jpg"):
+        (tmp_path / name).write_bytes(name.encode())
+    with pytest.raises(ValueError, match=r"too few usable pictures .*: train 0, .*; left out: \{'unreadable': 2\}"):
+        load_faces(replace(options, data_dir=tmp_path))
+
+
+def test_a_disk_that_is_too_full_for_the_chips_is_told_of(
+    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"cannot take 3 MB of chips \(No space left on device\)"):
+        load_faces(replace(options, cache_dir=tmp_path / "cache"))
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file/run", "file is a file"),
+        ("file", "file is a file"),
+        ("run\udcff", "no name in UTF-8"),
+        ("x" * 300, "cannot be used"),
+    ],
+)
+def test_folders_that_cannot_be_written_are_refused_before_the_work(
+    name: str, message: str, options: TrainOptions, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("out_dir", "cache_dir"):
+        with pytest.raises(ValueError, match=f"{folder} .*{message}"):
+            replace(options, **{folder: tmp_path / name})
+        with pytest.raises(ValueError, match=f"{folder} .*{message}"):
+            EvaluateOptions(options.data_dir, **{folder: tmp_path / name})
 
 
 def test_near_duplicates_fall_on_one_side(lfw_faces: np.ndarray) -> None:
@@ -438,6 +499,67 @@ def test_every_number_of_steps_has_a_schedule(options: TrainOptions) -> None:
         assert 0 < state.scheduler.get_last_lr()[0] < options.lr
 
 
+def _one_step(state: TrainState, options: TrainOptions) -> float:
+    """The loss of a batch, after which the network has learnt from it."""
+    batch = torch.arange(4 * 3 * 64, dtype=torch.uint8).view(4, 3, 8, 8), torch.arange(4)
+    targets = label_targets([5, 20, 40, 70], [0, 1, 0, 1])
+    return train_one_epoch(state.network, state, [batch], targets, options, torch.device("cpu"), 0)  # type: ignore[arg-type]
+
+
+def test_averaged_weights_keep_the_share_of_the_decay(options: TrainOptions) -> None:
+    """Or (1 + steps) / (10 + steps), while that is less; the first step's weights are taken as they are."""
+    forgetful, network = replace(options, ema_decay=0.24, lr=0.1), _Tiny()
+    state = initial_state(network, 400, forgetful)  # type: ignore[arg-type]
+    expected = torch.zeros(AGE_BINS)
+    for decay in (0, 2 / 11, 0.24, 0.24):
+        before = network.age_head.bias.clone()
+        _one_step(state, forgetful)
+        assert not torch.allclose(network.age_head.bias, before)
+        expected = decay * expected + (1 - decay) * network.age_head.bias
+        torch.testing.assert_close(state.ema.module.state_dict()["age_head.bias"], expected, rtol=0, atol=1e-6)
+
+
+def test_the_gender_loss_weighs_as_asked(options: TrainOptions) -> None:
+    weighed = [replace(options, gender_loss_weight=weight) for weight in (0.0, 1.0, 2.5)]
+    none, one, more = (_one_step(initial_state(_Tiny(), 4, each), each) for each in weighed)  # type: ignore[arg-type]
+    assert one - none > 0.1
+    assert more - none == pytest.approx(2.5 * (one - none), rel=1e-4)
+
+
+def test_the_best_epoch_of_the_averaged_weights_is_kept(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more gender of ten that is missed counts as much as a year of age error."""
+    figures, validated = iter(((5.0, 0.9), (5.2, 0.95), (4.0, 0.75))), []
+
+    def validate(network: nn.Module, *_: Any) -> tuple[float, float]:
+        validated.append({name: value.clone() for name, value in network.state_dict().items()})
+        return next(figures)
+
+    monkeypatch.setattr("training.loop._validate", validate)
+    faces, network = load_faces(options), _Tiny()
+    options.out_dir.mkdir()
+    targets = label_targets(*_labels(faces.samples["train"]))
+    train(network, faces, targets, replace(options, epochs=3), torch.device("cpu"))  # type: ignore[arg-type]
+    assert [row.score for row in read_curve(options.out_dir)] == pytest.approx([6, 5.7, 6.5])
+    best = load_weights(options.out_dir / BEST)
+    assert [_equal(best, each) for each in validated] == [False, True, False]
+    assert not _equal(network.state_dict(), validated[2])
+
+
+def test_a_run_is_calibrated_on_validation_and_measured_on_test(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mocks = {name: Mock(wraps=getattr(training.run, name)) for name in ("calibrate", "predict_chips")}
+    for name, mock in {**mocks, "evaluate": (evaluated := Mock())}.items():
+        monkeypatch.setattr(training.run, name, mock)
+    faces = load_faces(options)
+    options.out_dir.mkdir()
+    training.run._finish(_Tiny(), faces, replace(options, precision="float32"))  # type: ignore[arg-type]
+    _, *labels = mocks["calibrate"].call_args.args
+    assert tuple(each.tolist() for each in labels) == _labels(faces.samples["val"])
+    for mock in (mocks["predict_chips"], evaluated):
+        assert mock.call_args.args[1] == faces.samples["test"]
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no device that is always full")
 def test_a_full_disk_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "last.tmp").symlink_to("/dev/full")
@@ -502,8 +624,9 @@ def test_a_run_killed_at_any_moment_ends_in_the_same_weights(options: TrainOptio
         os.killpg(killed.pid, signal.SIGKILL)
     for name in ("killed", "unbroken"):
         subprocess.run([*call, str(tmp_path / name)], timeout=300, check=True)
-    killed_weights, weights = ((tmp_path / name / BEST).read_bytes() for name in ("killed", "unbroken"))
-    assert killed_weights == weights, f"killed {after_s:.2f} s after the first checkpoint"
+    for name in (BEST, ARTIFACT, "metrics.json"):
+        killed_bytes, unbroken = ((tmp_path / run / name).read_bytes() for run in ("killed", "unbroken"))
+        assert killed_bytes == unbroken, f"{name}, killed {after_s:.2f} s after the first checkpoint"
 
 
 def test_all_workers_lose_patience_together(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -546,6 +669,55 @@ def test_a_folder_that_grew_does_not_resume_a_run(options: TrainOptions, lfw_fac
     with pytest.raises(ValueError, match=r"other pictures \(1 added\); give another --out-dir, or --no-resume"):
         run(brief)
     assert splits_path(path).read_bytes() == before
+
+
+def test_other_labels_do_not_resume_a_run(options: TrainOptions, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(options.data_dir, data)
+    brief = replace(options, data_dir=data, epochs=1)
+    run(brief)
+    sample = load_faces(brief).samples["train"][0]
+    age, _, rest = sample.path.name.partition("_")
+    sample.path.rename(data / f"{int(age) + 1}_{rest}")
+    with pytest.raises(ValueError, match=r"other labels of these pictures; give another --out-dir, or --no-resume"):
+        run(brief)
+
+
+@pytest.mark.parametrize("content", [None, "[]", '{"a"'])
+def test_a_run_whose_options_are_lost_does_not_go_on(content: str | None, options: TrainOptions) -> None:
+    options.out_dir.mkdir()
+    (options.out_dir / "last.pt").touch()
+    if content is not None:
+        (options.out_dir / "options.json").write_text(content)
+    with pytest.raises(ValueError, match=r"options\.json.*; give another --out-dir, or --no-resume to start over"):
+        run(options)
+
+
+@pytest.mark.parametrize("content", ["a,b\n1,2\n", "epoch,size_px\n1,x\n", "\0"])
+def test_a_curve_of_something_else_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "curve.csv").write_text(content)
+    assert read_curve(tmp_path) == []
+
+
+def test_lack_of_memory_is_told_in_a_sentence() -> None:
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+    ):
+        with pytest.raises(ValueError, match="memory"), training.loop._lack_of_memory_told():
+            raise error
+    with pytest.raises(RuntimeError, match="shapes"), training.loop._lack_of_memory_told():
+        raise RuntimeError("shapes do not match")
+
+
+def test_workers_have_equal_shares_of_few_pictures(options: TrainOptions) -> None:
+    faces = load_faces(options)
+    chips = AugmentedChips(faces.samples["train"][:5], faces.train_chips, options.size, seed=0, epoch=0)
+    batches = [list(epoch_batches(chips, options, torch.device("cpu"), rank, world=2)) for rank in (0, 1)]
+    assert [[len(rows) for _, rows in share] for share in batches] == [[2], [2]]
+    with pytest.raises(ValueError, match="training pictures for 100 workers; lower --workers"):
+        run(replace(options, workers=100, batch_size=100))
 
 
 def test_starting_over_leaves_nothing_of_the_earlier_run(
@@ -662,9 +834,12 @@ def test_a_network_is_not_judged_by_what_it_inherits(source: str, options: Train
     heir = replace(options, seed=1, **{source: (tmp_path / BEST if source == "checkpoint" else tmp_path,)})
     own, left = load_faces(replace(options, seed=1)), load_faces(heir)
     known = {sample.digest for sample in faces.samples["train"]}
+    chosen_by = {sample.digest for sample in faces.samples["val"]}
     assert known & {sample.digest for sample in own.samples["test"]}
+    assert chosen_by & {sample.digest for sample in own.samples["test"]}
+    assert not chosen_by & {sample.digest for sample in left.samples["test"]}
     assert not known & {sample.digest for side in ("val", "test") for sample in left.samples[side]}  # type: ignore[index]
-    assert "a teacher or checkpoint was trained on it" in left.rejected.counts()
+    assert "a teacher or checkpoint has seen it" in left.rejected.counts()
     path = splits_path(tmp_path / "heir" / ARTIFACT)
     path.parent.mkdir()
     write_splits(left, path)
@@ -735,7 +910,7 @@ def test_processes_that_augment_take_no_cores_from_the_network(
 ) -> None:
     faces = load_faces(options)
     chips = AugmentedChips(faces.samples["train"], faces.train_chips, options.size, seed=0, epoch=0)
-    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setattr(training.loop, "core_count", lambda: 12)
     by_itself, cpu, gpu = replace(options, num_workers=None), torch.device("cpu"), torch.device("cuda")
     assert epoch_batches(chips, by_itself, cpu).num_workers == 0
     assert epoch_batches(chips, by_itself, gpu).num_workers == 8
@@ -1041,7 +1216,15 @@ def test_wrong_calls_end_in_one_line(arguments: list[str], message: str, tmp_pat
         ({"max_samples": 0}, "max_samples must be above 0, not 0"),
         ({"max_per_gender": -1, "balanced_by_gender": True}, "max_per_gender must be above 0"),
         ({"patience": 0}, "patience must be above 0"),
-        ({"seed": -1}, "seed must be 0 or above"),
+        ({"seed": -1}, "seed must lie between 0 and 4294967295"),
+        ({"seed": 10**20}, "seed must lie between 0 and 4294967295"),
+        ({"gender_loss_weight": -1.0}, "gender_loss_weight must be 0 or above"),
+        ({"weight_decay": -1.0}, "weight_decay must be 0 or above"),
+        ({"num_workers": -1}, "num_workers must be 0 or above"),
+        ({"lr": math.nan}, "lr must be above 0, not nan"),
+        ({"val_frac": math.nan}, "val_frac and test_frac must be above 0"),
+        ({"teacher": (Path("x"),), "epochs": 0, "checkpoint": (Path("y/best.pt"),)}, "teacher goes with epochs"),
+        ({"weights": Path("models")}, "weights goes with the backbone mobilenet_v1"),
         ({"ema_decay": 1.5}, "ema_decay must lie between 0 and 1"),
         ({"drop_path": 1.5}, "drop_path must lie between 0 and 1"),
         ({"margin": -0.1}, "margin must lie between 0 and 10"),
@@ -1121,6 +1304,23 @@ def test_evaluation_leaves_out_what_the_model_has_seen(options: TrainOptions, tm
     metrics = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert re.fullmatch(r"\d pictures are new to the model, unless they are copies.*", metrics["warning"])
     assert r"caf\udce9" in (tmp_path / "again" / "report.html").read_text()
+
+
+class _Tiny(nn.Module):
+    """Two heads over the mean colour: an epoch takes milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.age_head, self.gender_head = nn.Linear(3, AGE_BINS), nn.Linear(3, 2)
+
+    def forward(self, chips: torch.Tensor) -> Logits:
+        colour = chips.float().mean((2, 3)) / 255
+        return Logits(self.age_head(colour), self.gender_head(colour))
+
+
+def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def _network() -> torch.nn.Module:

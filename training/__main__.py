@@ -1,5 +1,6 @@
 """`python -m training --data-dir FOLDER`: the command line of `train`."""
 
+import signal
 import sys
 
 import tyro
@@ -12,6 +13,7 @@ from training.run import run
 def main() -> int:
     """Returns the process's exit code."""
     command = "the same command"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
     try:
         options = tyro.cli(TrainOptions, prog="python -m training")
         if not options.resume:

@@ -123,6 +123,7 @@ def _extend(
     chips = np.lib.format.open_memmap(
         folder / "chips.tmp.npy", mode="w+", dtype=np.uint8, shape=(old + len(missing), size_px, size_px, 3)
     )
+    _reserve(folder / "chips.tmp.npy")
     if old:
         chips[:old] = np.load(folder / "chips.npy", mmap_mode="r")[:old]
     index, row = dict(known), old
@@ -140,6 +141,21 @@ def _extend(
         os.replace(folder / "chips.tmp.npy", folder / "chips.npy")
         os.replace(folder / "index.tmp.json", folder / "index.json")
     return index
+
+
+def _reserve(path: Path) -> None:
+    """Takes the disk space of a sparse file: where a mapped one finds the disk full, the kernel ends the process."""
+    if not hasattr(os, "posix_fallocate"):  # as macOS does not
+        return
+    size = path.stat().st_size
+    try:
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        path.unlink()
+        raise OSError(
+            f"{path.parent} cannot take {size / 1e6:.0f} MB of chips ({error.strerror}); give another --cache-dir"
+        ) from error
 
 
 # The chip of a picture's largest face, or the reason why there is none; None where the next run should try again.

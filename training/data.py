@@ -1,6 +1,7 @@
 """Labelled folder -> samples -> splits, with nothing silently dropped and no picture on two sides."""
 
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -83,22 +84,42 @@ def scan(data_dir: Path) -> tuple[list[Sample], Rejected]:
         raise ValueError(f"{data_dir} is not a directory; give the folder that holds the labelled faces")
     samples: dict[str, Sample] = {}
     rejected = Rejected()
-    for path in sorted(path for path in data_dir.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
+    for path in _pictures(data_dir, rejected):
         try:
             labels = parse_name(path.name)
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest = _digest(path)
         except (ValueError, OSError) as error:
             rejected.reasons[path] = str(error)
             continue
-        if digest in samples:
-            rejected.reasons[path] = f"same bytes as another file: {samples[digest].path.name}"
-        else:
-            samples[digest] = Sample(path, labels, digest)
+        first = samples.setdefault(digest, Sample(path, labels, digest))
+        if first.path != path:
+            other = "" if first.labels == labels else " with other labels"
+            rejected.reasons[path] = f"same bytes as another file{other}: {first.path.name}"
     if not samples:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in rejected.counts().items())
         left_out = f"; left out: {reasons}" if reasons else ""
         raise ValueError(f"no usable picture in {data_dir}; expected files named age_gender_race_date.jpg{left_out}")
     return list(samples.values()), rejected
+
+
+def _pictures(data_dir: Path, rejected: Rejected) -> list[Path]:
+    """The files below a directory that are named like pictures, in the order of their paths; links are not entered."""
+
+    def unreadable(error: OSError) -> None:
+        rejected.reasons[Path(error.filename)] = f"directory that cannot be read: {error.strerror}"
+
+    pictures = []
+    for folder, folders, names in os.walk(data_dir, onerror=unreadable):
+        for link in filter(Path.is_symlink, (Path(folder, name) for name in folders)):
+            rejected.reasons[link] = "link to a directory, which is not entered: give the directory itself"
+        pictures += [Path(folder, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(pictures)
+
+
+def _digest(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise ValueError("no regular file")  # reading a pipe would wait for ever
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def perceptual_hash(chip: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:

@@ -30,7 +30,8 @@ class Faces:
         chips: of the validation and test splits, cut as in inference.
         rejected: what was left out.
         trained_on: what counts as trained on, by the first digits of the SHA-256: what teachers and checkpoints were
-            trained on, near-duplicates of it, and all of the training split, with what balancing has left out of it.
+            trained or validated on, near-duplicates of it, and all of the training split, with what balancing has left
+            out of it.
     """
 
     samples: dict[Split, list[Sample]]
@@ -43,6 +44,15 @@ class Faces:
         """Which picture is on which side."""
         own = {each.digest[:_DIGITS]: side for side, part in self.samples.items() for each in part}
         return Splits({**dict.fromkeys(self.trained_on, "train"), **own})
+
+    def labels_digest(self) -> str:
+        """SHA-256 of what is trained and validated on, in its order: a run that goes on needs the same."""
+        lines = [
+            f"{each.digest} {each.labels.age_years} {each.labels.gender}\n"
+            for side in ("train", "val")
+            for each in self.samples[side]
+        ]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -89,10 +99,11 @@ def load_faces(options: TrainOptions) -> Faces:
     for sample, side in zip(samples, sides, strict=True):
         splits[side].append(sample)
     inherited = _inherited(options)
-    seen = inherited | _with_doubles(samples, groups, inherited)
-    for side in ("val", "test"):
-        splits[side] = _unseen(splits[side], seen, rejected)
-    trained_on = seen | {sample.digest[:_DIGITS] for sample in splits["train"]}
+    trained = _with_doubles(samples, groups, {digest for digest, side in inherited.items() if side == "train"})
+    chosen = _with_doubles(samples, groups, {digest for digest, side in inherited.items() if side != "test"})
+    splits["val"] = _unseen(splits["val"], trained, rejected)
+    splits["test"] = _unseen(splits["test"], chosen, rejected)
+    trained_on = chosen | {sample.digest[:_DIGITS] for sample in splits["train"]}
     if options.balanced_by_gender:
         splits["train"] = _balanced(splits["train"], options.max_per_gender, options.seed)
     _, chips = load_chips(splits["val"] + splits["test"], options.size, *cut)
@@ -100,11 +111,16 @@ def load_faces(options: TrainOptions) -> Faces:
         splits[side] = [sample for sample in splits[side] if sample.digest in chips.rows]
     if not all(splits.values()):
         sizes = ", ".join(f"{side} {len(part)}" for side, part in splits.items())
-        raise ValueError(f"too few usable pictures in {options.data_dir} for three splits: {sizes}")
+        left_out = f"; left out: {counts}" if (counts := rejected.counts()) else ""
+        raise ValueError(
+            f"too few usable pictures in {options.data_dir} for three splits: {sizes}{left_out}; "
+            "give more pictures, or larger --val-frac and --test-frac"
+        )
     return Faces(splits, train_chips, chips, rejected, trained_on)
 
 
-def _inherited(options: TrainOptions) -> frozenset[str]:
+def _inherited(options: TrainOptions) -> dict[str, str]:
+    """On which side of a teacher's or checkpoint's run each picture was; the nearest to training where they differ."""
     runs = (*options.teacher, *(path.parent for path in options.checkpoint))
     paths = [splits_path(run / ARTIFACT) for run in runs]
     for path in paths:
@@ -113,21 +129,24 @@ def _inherited(options: TrainOptions) -> frozenset[str]:
                 f"{path} is missing, which says what the weights beside it were trained on; "
                 "an empty file says that it was none of these pictures"
             )
-    return frozenset(digest for path in paths for digest, side in read_splits(path).sides.items() if side == "train")
+    all_sides = [read_splits(path).sides for path in paths]
+    order = ("test", "val", "train")
+    return {digest: side for least in order for sides in all_sides for digest, side in sides.items() if side == least}
 
 
-def _with_doubles(samples: list[Sample], groups: npt.NDArray[np.int64], inherited: frozenset[str]) -> frozenset[str]:
-    """Those pictures of what was inherited that are here, and the near-duplicates of them."""
+def _with_doubles(samples: list[Sample], groups: npt.NDArray[np.int64], inherited: set[str]) -> frozenset[str]:
+    """What was inherited, and the near-duplicates of it that are here."""
     known = {group for sample, group in zip(samples, groups, strict=True) if sample.digest[:_DIGITS] in inherited}
-    return frozenset(s.digest[:_DIGITS] for s, group in zip(samples, groups, strict=True) if group in known)
+    doubles = {s.digest[:_DIGITS] for s, group in zip(samples, groups, strict=True) if group in known}
+    return frozenset(inherited | doubles)
 
 
 def _unseen(samples: list[Sample], seen: frozenset[str], rejected: Rejected) -> list[Sample]:
-    """Leaves out what a teacher or checkpoint was trained on: the network would be judged by what it was told."""
+    """Leaves out what a teacher or checkpoint has seen: the network would be judged by what it was told."""
     kept = []
     for sample in samples:
         if sample.digest[:_DIGITS] in seen:
-            rejected.reasons[sample.path] = "a teacher or checkpoint was trained on it"
+            rejected.reasons[sample.path] = "a teacher or checkpoint has seen it"
         else:
             kept.append(sample)
     return kept

@@ -1,7 +1,6 @@
 """Runs + training chips -> what their networks say of them."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -14,7 +13,7 @@ from training.data import Rejected, Sample
 from training.loop import BEST, load_weights, predict_logits, save_whole
 from training.loss import Probs
 from training.network import create_network
-from training.options import TrainOptions
+from training.options import TrainOptions, read_options
 from training.quantize import is_rounded
 
 __all__ = ["TAUGHT", "average", "taught", "teacher_probs"]
@@ -29,7 +28,7 @@ def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, dev
         ValueError: the folder holds no run with whole epochs, or its chips cannot be cut.
     """
     try:
-        options = json.loads((run_dir / "options.json").read_text())
+        options = read_options(run_dir)
         weights = load_weights(run_dir / BEST)
     except FileNotFoundError as error:
         raise ValueError(f"the teacher {run_dir} is not the folder of a run: no {error.filename}") from error

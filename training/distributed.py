@@ -9,6 +9,7 @@ import torch
 from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchTrainer, get_device
 
+from agegender.process import core_count
 from training.dataset import Faces
 from training.loop import make_deterministic, train
 from training.loss import Targets
@@ -27,10 +28,10 @@ def train_on_workers(network: Network, faces: Faces, targets: Targets, options: 
     Raises:
         ValueError: a worker failed, or there are fewer processors than workers.
     """
-    ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=True)
     config = {"network": network, "faces": faces, "targets": targets, "options": options}
-    handler = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        ray.init(address=os.environ.get("RAY_ADDRESS"), include_dashboard=False, log_to_driver=True)
         on_gpus = _on_gpus(options)
         _require("GPU" if on_gpus else "CPU", options.workers)
         TorchTrainer(
@@ -44,7 +45,8 @@ def train_on_workers(network: Network, faces: Faces, targets: Targets, options: 
     except SystemExit as ended:  # which Ray Train's own handler makes of an interrupt
         raise KeyboardInterrupt from ended
     finally:
-        signal.signal(signal.SIGINT, handler)  # Ray Train leaves its own behind
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # Ray and Ray Train leave their own behind
         ray.shutdown()
 
 
@@ -72,6 +74,6 @@ def _reason(error: TrainingFailedError) -> str:
 
 def _work(config: dict[str, Any]) -> None:
     options: TrainOptions = config["options"]
-    torch.set_num_threads(options.threads or max(1, (os.cpu_count() or 1) // options.workers))
+    torch.set_num_threads(options.threads or max(1, core_count() // options.workers))
     make_deterministic(options.seed)
     train(config["network"], config["faces"], config["targets"], options, get_device())

@@ -1,11 +1,12 @@
 """`python -m training.evaluate`: artifact + labelled folder -> metrics.json and a report to look at."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 import tyro
@@ -18,10 +19,13 @@ from training.data import Sample, scan, spread
 from training.dataset import Splits, read_splits, splits_path
 from training.loop import EpochResult, read_curve
 from training.metrics import Scored, measure_groups
-from training.report import Evaluation, write_report
+from training.options import check_folder
 from training.robustness import robustness
 
-__all__ = ["METRICS", "REPORT", "EvaluateOptions", "evaluate", "predict_chips"]
+if TYPE_CHECKING:
+    from training.report import Evaluation
+
+__all__ = ["METRICS", "REPORT", "EvaluateOptions", "evaluate", "keep_fonts_in", "predict_chips"]
 
 METRICS: Final = "metrics.json"
 REPORT: Final = "report.html"
@@ -50,6 +54,8 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         if self.robustness_pictures < 0:
             raise ValueError(f"robustness_pictures must be 0 or above, not {self.robustness_pictures}")
+        check_folder("out_dir", self.out_dir)
+        check_folder("cache_dir", self.cache_dir)
 
 
 def run(options: EvaluateOptions) -> Path:
@@ -59,6 +65,7 @@ def run(options: EvaluateOptions) -> Path:
         ValueError: no usable picture, none with a face, or none that the model has not seen.
         ModelLoadError: the artifact cannot be used.
     """
+    keep_fonts_in(options.cache_dir)
     model = Model(options.model, device=options.device)
     samples, rejected = scan(options.data_dir)
     splits = read_splits(splits_path(options.model))
@@ -95,6 +102,8 @@ def evaluate(
     warning: str | None = None,
 ) -> Path:
     """Measures a model on pictures whose chips are cut, and writes metrics.json and report.html."""
+    from training.report import Evaluation, write_report  # imports matplotlib, see `keep_fonts_in`
+
     scored = Scored.of([sample.labels for sample in samples], predict_chips(model, samples, chips))
     groups = measure_groups(scored)
     worsened = spread(samples, robustness_pictures)
@@ -107,9 +116,14 @@ def evaluate(
     return report
 
 
+def keep_fonts_in(cache_dir: Path) -> None:
+    """Where matplotlib, once it is imported, keeps its list of fonts; by itself it would take the home directory."""
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_dir.absolute() / "matplotlib"))
+
+
 def _unseen(samples: list[Sample], splits: Splits, options: EvaluateOptions) -> tuple[list[Sample], str | None]:
     """The pictures to measure on, and what must be said of them."""
-    if not splits.sides:
+    if not splits_path(options.model).exists():
         name = splits_path(options.model).name
         return samples, f"there is no {name} beside the model: it may have seen these pictures"
     unseen = [sample for sample in samples if splits.of(sample) in (None, "test")]
@@ -129,7 +143,7 @@ def predict_chips(model: Model, samples: Sequence[Sample], chips: ChipCache) -> 
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def _as_json(result: Evaluation) -> dict[str, Any]:
+def _as_json(result: "Evaluation") -> dict[str, Any]:
     spec = result.model.spec
     return {
         "model": {"name": spec.name, "version": spec.version, "sha256": result.model.sha256},
@@ -150,7 +164,7 @@ def _robust_json(values: tuple[float, float, float]) -> dict[str, float | None]:
     return {name: None if np.isnan(value) else round(value, 4) for name, value in zip(names, values, strict=True)}
 
 
-def _print_summary(result: Evaluation, report: Path) -> None:
+def _print_summary(result: "Evaluation", report: Path) -> None:
     if result.warning:
         print(f"note: {result.warning}")
     count, figures = result.groups["all"]

@@ -3,12 +3,13 @@
 import copy
 import io
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,10 @@ from training.network import AGE_BINS, Network
 from training.options import TrainOptions
 
 __all__ = ["Artifact", "check_exportable", "export"]
+
+
+# Lines of TorchScript's code such as `  stride : Final[Tuple[int, int]] = (1, 1)`.
+_CONSTANTS: Final = re.compile(rb"(?:^ +\w+ : Final\[.*\] = .*\n)+", re.MULTILINE)
 
 
 class Output(NamedTuple):
@@ -99,11 +104,21 @@ def export(network: Deployed, calibration: Calibration, spec: ModelSpec, path: P
 
 
 def _write_without_origins(saved: BinaryIO, path: Path) -> None:
-    """Leaves out from which line of which file each operation came, which tells of the machine that exports."""
+    """Keeps what the artifact is, and nothing of the process that wrote it: the same network gives the same bytes.
+
+    Left out are the lines of the files that each operation came from, and torch's id of the archive, which nothing
+    reads but its statistics. Constants stand in the order of a set, which differs from process to process.
+    """
     with zipfile.ZipFile(saved) as old, zipfile.ZipFile(path, "w") as new:
         for member in old.infolist():
-            if not member.filename.endswith(".debug_pkl"):
+            if member.filename.endswith(".py"):
+                new.writestr(member, _CONSTANTS.sub(_sorted_lines, old.read(member)))
+            elif not member.filename.endswith((".debug_pkl", "/.data/serialization_id")):
                 new.writestr(member, old.read(member))
+
+
+def _sorted_lines(found: re.Match[bytes]) -> bytes:
+    return b"".join(sorted(found[0].splitlines(keepends=True)))
 
 
 @contextmanager

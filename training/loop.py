@@ -4,7 +4,8 @@ import csv
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from agegender.image import Pixels
+from agegender.process import core_count
 from training.augment import augment
 from training.cache import ChipCache
 from training.calibrate import predicted_age
@@ -81,6 +83,9 @@ class EpochResult:
         return self.val_age_mae_years + _YEARS_PER_ERROR_RATE * (1 - self.val_gender_accuracy)
 
 
+_CURVE_FIGURES: Final = ("lr", "train_loss", "val_age_mae_years", "val_gender_accuracy")
+
+
 class AugmentedChips(Dataset[tuple[Pixels, int]]):
     """The training split in one epoch: what a chip becomes depends on seed, epoch and index alone."""
 
@@ -132,7 +137,8 @@ def train(network: Network, faces: Faces, targets: Targets, options: TrainOption
         size_px = options.train_size(epoch)
         chips = AugmentedChips(faces.samples["train"], faces.train_chips, size_px, options.seed, epoch)
         batches = epoch_batches(chips, options, device, rank, world)
-        loss = train_one_epoch(replica, state, batches, targets, options, device, epoch)
+        with _lack_of_memory_told():
+            loss = train_one_epoch(replica, state, batches, targets, options, device, epoch)
         row = None
         if val_chips is not None:
             lr = float(state.scheduler.get_last_lr()[0])
@@ -144,6 +150,24 @@ def train(network: Network, faces: Faces, targets: Targets, options: TrainOption
             _keep(state, curve, options.out_dir)
 
 
+@contextmanager
+def _lack_of_memory_told() -> Iterator[None]:
+    """Says in a sentence what torch raises where memory is full, some of it as bare RuntimeErrors."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError("the GPU has no memory left for a batch; lower --batch-size or --size") from error
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise ValueError(
+                "a process that augments chips died, mostly for lack of memory; the same command goes on, "
+                "--num-workers 0 without such processes"
+            ) from error
+        if "not enough memory" in str(error) or "can't allocate memory" in str(error):
+            raise ValueError("there is no memory left for a batch; lower --batch-size or --size") from error
+        raise
+
+
 def make_deterministic(seed: int) -> None:
     """Lets this process compute the same from the same seed, again and again."""
     torch.manual_seed(seed)
@@ -153,14 +177,15 @@ def make_deterministic(seed: int) -> None:
 
 
 def read_curve(out_dir: Path) -> list[EpochResult]:
-    """The learning curves of a run; none where its folder has no such file."""
-    if not (out_dir / CURVE).exists():
+    """The learning curves of a run; none where its folder has no such file, or one of something else."""
+    try:
+        with (out_dir / CURVE).open(newline="") as file:
+            return [
+                EpochResult(int(row["epoch"]), int(row["size_px"]), *(float(row[name]) for name in _CURVE_FIGURES))
+                for row in csv.DictReader(file)
+            ]
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
         return []
-    with (out_dir / CURVE).open(newline="") as file:
-        return [
-            EpochResult(int(row["epoch"]), int(row["size_px"]), *(float(value) for value in list(row.values())[2:]))
-            for row in csv.DictReader(file)
-        ]
 
 
 @dataclass(frozen=True)
@@ -253,10 +278,10 @@ def epoch_batches(
     dataset: AugmentedChips, options: TrainOptions, device: torch.device, rank: int = 0, world: int = 1
 ) -> "DataLoader[Batch]":
     """This process's share of each batch of the epoch, in an order drawn from the seed."""
-    size = min(options.batch_size, len(dataset))
+    size = min(options.batch_size, len(dataset) // world * world)
     generator = torch.Generator().manual_seed(options.seed * 100_003 + dataset.epoch)
     order = torch.randperm(len(dataset), generator=generator)[: len(dataset) // size * size]
-    beside_gpu = min(8, max(1, (os.cpu_count() or 1) // world)) if device.type == "cuda" else 0
+    beside_gpu = min(8, max(1, core_count() // world)) if device.type == "cuda" else 0
     processes = beside_gpu if options.num_workers is None else options.num_workers
     return DataLoader(
         dataset,  # type: ignore[arg-type]  # _collate makes batches of its items
@@ -348,10 +373,12 @@ def _keep(state: TrainState, curve: list[EpochResult], out_dir: Path) -> None:
     with SummaryWriter(str(out_dir / "tensorboard"), purge_step=row.epoch) as writer:
         for name, value in asdict(row).items():
             writer.add_scalar(name, value, row.epoch)
-    with (out_dir / CURVE).open("w", newline="") as file:
+    temporary = (out_dir / CURVE).with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
         table = csv.DictWriter(file, list(asdict(row)))
         table.writeheader()
         table.writerows(asdict(each) for each in curve)
+    os.replace(temporary, out_dir / CURVE)
     tqdm.write(
         f"epoch {row.epoch + 1}: loss {row.train_loss:.3f}, validation age MAE {row.val_age_mae_years:.3f} years, "
         f"gender accuracy {row.val_gender_accuracy:.2%}"

@@ -10,7 +10,17 @@ import numpy.typing as npt
 from agegender.model import Predictions
 from training.data import Labels
 
-__all__ = ["AGE_BANDS", "METRICS", "RACES", "Figure", "Scored", "measure", "measure_groups", "resamples"]
+__all__ = [
+    "AGE_BANDS",
+    "METRICS",
+    "RACES",
+    "Figure",
+    "Scored",
+    "confidence_bins",
+    "measure",
+    "measure_groups",
+    "resamples",
+]
 
 Floats = npt.NDArray[np.float64]
 
@@ -70,6 +80,15 @@ class Scored:
         """Whether the likelier gender is the labelled one."""
         return (self.female_prob >= 0.5) == (self.gender_true == 1)
 
+    @property
+    def confidence(self) -> Floats:
+        """Stated probability of the likelier gender."""
+        return np.maximum(self.female_prob, 1 - self.female_prob)
+
+    def aged(self, low: int, high: int) -> npt.NDArray[np.bool_]:
+        """Which pictures are labelled with an age from `low` to `high`, both included."""
+        return (low <= self.age_true) & (self.age_true <= high)
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -112,16 +131,20 @@ def _calibration_error(scored: Scored, weights: Floats) -> Floats:
 
     Its bootstrap interval lies too high: resampling adds its own noise to each bin, and errors of either sign add up.
     """
-    confidence = np.maximum(scored.female_prob, 1 - scored.female_prob)
-    bins = np.minimum(((confidence - 0.5) * 2 * _ECE_BINS).astype(int), _ECE_BINS - 1)
-    gap = (confidence - scored.gender_right)[None] * weights
+    bins = confidence_bins(scored)
+    gap = (scored.confidence - scored.gender_right)[None] * weights
     total = sum(np.abs(gap[:, bins == index].sum(axis=1)) for index in range(_ECE_BINS))
     return np.asarray(total) / weights.sum(axis=1)
 
 
+def confidence_bins(scored: Scored) -> npt.NDArray[np.int64]:
+    """(N,) which of ten equal bins from 0.5 to 1 the likelier gender's probability falls into, 0 to 9."""
+    return np.minimum(((scored.confidence - 0.5) * 2 * _ECE_BINS).astype(np.int64), _ECE_BINS - 1)
+
+
 def _challenge_25(scored: Scored, weights: Floats) -> Floats:
     """Share of 13 to 17-year-olds who are told to be 25 or older; nan where there are none."""
-    minors = (scored.age_true >= 13) & (scored.age_true <= 17)
+    minors = scored.aged(13, 17)
     with np.errstate(invalid="ignore"):
         return weights @ (minors & (scored.age >= 25)) / (weights @ minors)
 
@@ -173,13 +196,13 @@ def measure(scored: Scored) -> dict[str, Figure]:
 
 def groups(scored: Scored) -> dict[str, npt.NDArray[np.bool_]]:
     """Masks by age band, gender and race label, and by their crossings in pairs."""
-    bands = {f"age {low}-{high}": (scored.age_true >= low) & (scored.age_true <= high) for low, high in AGE_BANDS}
+    bands = {f"age {low}-{high}": scored.aged(low, high) for low, high in AGE_BANDS}
     genders = {name: scored.gender_true == index for index, name in enumerate(("male", "female"))}
     races = {name: scored.race == index for index, name in enumerate(RACES)}
     wide = {
         "all": np.ones(len(scored), bool),
         "age 13 and above": scored.age_true >= 13,
-        "age 21-60": (scored.age_true >= 21) & (scored.age_true <= 60),
+        "age 21-60": scored.aged(21, 60),
     }
     crossings = {
         f"{one}, {other}": first & second

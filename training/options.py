@@ -1,13 +1,18 @@
 """The options of a training run, which are also its command line."""
 
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Final, Literal
 
 from agegender.spec import MAX_MARGIN
 from training.branch import parse_backbones
 
-__all__ = ["AgeLoss", "Precision", "TrainOptions"]
+__all__ = ["OPTIONS", "AgeLoss", "Precision", "TrainOptions", "check_folder", "read_options"]
+
+OPTIONS: Final = "options.json"
+_MAX_SEED: Final = 2**32 - 1
 
 AgeLoss = Literal["distribution", "l1", "mse"]
 Precision = Literal["int8", "float32"]
@@ -85,7 +90,7 @@ class TrainOptions:
     """Processes that augment chips while the network trains; by default none where it trains on the cores that they
     would take from it, and up to eight beside a GPU."""
     threads: int | None = None
-    """Threads of the network on a CPU; all cores by default."""
+    """Threads of the network on a CPU; by default all cores that the process may use."""
     amp: bool = False
     """Mixed precision in bfloat16."""
     device: str = "auto"
@@ -119,13 +124,17 @@ class TrainOptions:
             raise ValueError(f"checkpoint takes one file, or one for each of {self.backbone.replace('+', ', ')}")
         for name in ("batch_size", "lr", "size", "workers", "threads", "max_samples", "max_per_gender", "patience"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:  # which is false of nan too
                 raise ValueError(f"{name} must be above 0, not {value}")
+        for name in ("gender_loss_weight", "weight_decay", "num_workers"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must be 0 or above, not {value}")
         for name in ("dropout", "drop_path", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be 0 or above, not {self.seed}")
+        if not 0 <= self.seed <= _MAX_SEED:
+            raise ValueError(f"seed must lie between 0 and {_MAX_SEED}, not {self.seed}")
         if not 0 <= self.margin < MAX_MARGIN:
             raise ValueError(f"margin must lie between 0 and {MAX_MARGIN}, not {self.margin}")
         if self.size % 16:
@@ -138,14 +147,20 @@ class TrainOptions:
             raise ValueError("max_per_gender goes with balanced_by_gender")
         if self.quantization_aware and self.precision != "int8":
             raise ValueError("quantization_aware goes with the precision int8")
+        if self.weights and not any(name == "mobilenet_v1" for name, _ in backbones):
+            raise ValueError("weights goes with the backbone mobilenet_v1")
+        if self.teacher and self.epochs == 0:
+            raise ValueError("teacher goes with epochs above 0: without one, nothing is taught")
         if self.teacher and self.mean:
             raise ValueError("teacher goes with the age_loss distribution: the others learn no age from it")
+        check_folder("out_dir", self.out_dir)
+        check_folder("cache_dir", self.cache_dir)
         sources = (*self.teacher, *(path.parent for path in self.checkpoint))
         if self.out_dir.resolve() in [run.resolve() for run in sources]:
             raise ValueError(f"out_dir {self.out_dir} holds a teacher or checkpoint, which would be overwritten")
         if not 0 <= self.teacher_weight <= 1:
             raise ValueError(f"teacher_weight must lie between 0 and 1, not {self.teacher_weight}")
-        if min(self.val_frac, self.test_frac) <= 0 or self.val_frac + self.test_frac >= 1:
+        if not (self.val_frac > 0 and self.test_frac > 0 and self.val_frac + self.test_frac < 1):
             raise ValueError("val_frac and test_frac must be above 0 and leave something to train on")
 
     @property
@@ -159,3 +174,39 @@ class TrainOptions:
             return self.size
         share = epoch / self.epochs
         return self.size * (6 if share < 1 / 3 else 7 if share < 0.75 else 8) // 8
+
+
+def check_folder(name: str, path: Path) -> None:
+    """Finds out before the work whether a folder can be written to; creates nothing.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        str(path).encode()
+        nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} {str(path)!r} is no name in UTF-8; give another folder") from None
+    except OSError as error:
+        raise ValueError(f"{name} {path} cannot be used ({error.strerror}); give another folder") from error
+    if not nearest.is_dir():
+        raise ValueError(f"{name} {path} cannot be made: {nearest} is a file; give another folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} {path} cannot be written to; give another folder")
+
+
+def read_options(run_dir: Path) -> dict[str, Any]:
+    """The resolved options of a run, as JSON has them.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: they are damaged.
+    """
+    path = run_dir / OPTIONS
+    try:
+        options = json.loads(path.read_text())
+        if not isinstance(options, dict):
+            raise TypeError
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is damaged: it does not hold the options of a run") from None
+    return options

@@ -1,4 +1,4 @@
-"""Figures -> one self-contained HTML page."""
+"""Figures -> one HTML page. It needs nothing else but the thumbnails, which it shows from where the data lie."""
 
 import html
 import io
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure as Plot
 from agegender import Model
 from training.data import Sample
 from training.loop import EpochResult
-from training.metrics import AGE_BANDS, Figure, Scored
+from training.metrics import AGE_BANDS, Figure, Scored, confidence_bins
 from training.robustness import Curve
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def write_report(result: Evaluation, path: Path) -> Path:
         _learning_curves(result.curve) if result.curve else "",
         "<h2>Age</h2>",
         _svg(2, lambda axes: _age(result.scored, axes)),
-        _svg(2, lambda axes: _intervals(result, axes)),
+        _intervals(result),
         "<h2>Gender</h2>",
         _svg(2, lambda axes: _gender(result, axes)),
         _robustness(result) if result.robustness else "",
@@ -159,17 +159,22 @@ def _age(scored: Scored, axes: "Sequence[Axes]") -> None:
     axes[1].tick_params(axis="x", rotation=45)
 
 
-def _intervals(result: Evaluation, axes: "Sequence[Axes]") -> None:
-    bands = [f"age {low}-{high}" for low, high in AGE_BANDS if f"age {low}-{high}" in result.groups]
-    for axis, name in zip(axes, ("age_coverage", "age_interval_width_years"), strict=True):
-        figures = [result.groups[band][1][name] for band in bands]
-        values = [figure.value for figure in figures]
-        error = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]
-        axis.bar(bands, values, yerr=error, color=_BLUE, alpha=0.8, ecolor=_GREY)
-        axis.set_ylabel(name.replace("_", " "))
-        axis.tick_params(axis="x", rotation=45)
-    axes[0].axhline(result.model.spec.coverage, color=_ROSE, linewidth=1)
-    axes[0].set_ylim(_least([result.groups[band][1]["age_coverage"].low for band in bands]), 1)
+def _intervals(result: Evaluation) -> str:
+    """By age band; empty where no band has enough pictures for figures of its own."""
+    bands = [band for low, high in AGE_BANDS if (band := f"age {low}-{high}") in result.groups]
+
+    def draw(axes: "Sequence[Axes]") -> None:
+        for axis, name in zip(axes, ("age_coverage", "age_interval_width_years"), strict=True):
+            figures = [result.groups[band][1][name] for band in bands]
+            values = [figure.value for figure in figures]
+            error = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]
+            axis.bar(bands, values, yerr=error, color=_BLUE, alpha=0.8, ecolor=_GREY)
+            axis.set_ylabel(name.replace("_", " "))
+            axis.tick_params(axis="x", rotation=45)
+        axes[0].axhline(result.model.spec.coverage, color=_ROSE, linewidth=1)
+        axes[0].set_ylim(_least([result.groups[band][1]["age_coverage"].low for band in bands]), 1)
+
+    return _svg(2, draw) if bands else ""
 
 
 def _least(shares: Sequence[float]) -> float:
@@ -178,12 +183,12 @@ def _least(shares: Sequence[float]) -> float:
 
 
 def _gender(result: Evaluation, axes: "Sequence[Axes]") -> None:
-    scored = result.scored
-    confidence = np.maximum(scored.female_prob, 1 - scored.female_prob)
-    bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
-    used = [index for index in range(10) if (bins == index).any()]
+    scored, bins = result.scored, confidence_bins(result.scored)
     axes[0].plot((0.5, 1), (0.5, 1), color=_GREY, linewidth=1)
-    points = [(confidence[bins == index].mean(), scored.gender_right[bins == index].mean()) for index in used]
+    points = [
+        (scored.confidence[bins == index].mean(), scored.gender_right[bins == index].mean())
+        for index in np.unique(bins)
+    ]
     axes[0].plot(*zip(*points, strict=True), marker="o", color=_BLUE)
     axes[0].set(xlabel="stated probability", ylabel="share that is right")
     bands = [(name, scored.gender_right[mask].mean()) for name, mask in _bands(scored)]
@@ -193,7 +198,7 @@ def _gender(result: Evaluation, axes: "Sequence[Axes]") -> None:
 
 
 def _bands(scored: Scored) -> list[tuple[str, np.ndarray]]:
-    masks = [(f"{low}-{high}", (scored.age_true >= low) & (scored.age_true <= high)) for low, high in AGE_BANDS]
+    masks = [(f"{low}-{high}", scored.aged(low, high)) for low, high in AGE_BANDS]
     return [(name, mask) for name, mask in masks if mask.any()]
 
 
@@ -234,9 +239,14 @@ def _robustness_plots(curves: dict[str, Curve]) -> str:
 def _worst(result: Evaluation) -> str:
     order = np.argsort(-np.abs(result.scored.error))[:_WORST]
     cards = (
-        f'<figure><img loading="lazy" alt="" src="{html.escape(result.samples[index].path.resolve().as_uri())}">'
-        f"labelled {result.scored.age_true[index]:.0f}, predicted {result.scored.age[index]:.0f}<br>"
-        f"<small>{html.escape(result.samples[index].path.name)}</small></figure>"
+        _card(result.samples[index].path, float(result.scored.age_true[index]), float(result.scored.age[index]))
         for index in order
     )
     return f'<div class="faces">{"".join(cards)}</div>'
+
+
+def _card(path: Path, labelled: float, predicted: float) -> str:
+    return (
+        f'<figure><img loading="lazy" alt="not there any more" src="{html.escape(path.resolve().as_uri())}">'
+        f"labelled {labelled:.0f}, predicted {predicted:.0f}<br><small>{html.escape(path.name)}</small></figure>"
+    )

@@ -46,7 +46,7 @@ def _shrink(pixels: Pixels, side_px: float) -> Pixels:
 
 
 def _uint8(values: np.ndarray) -> Pixels:
-    return np.clip(values, 0, 255).astype(np.uint8)
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
 # Name with the unit of its levels -> what it does and how strongly, from mild to severe.

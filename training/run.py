@@ -17,7 +17,7 @@ from torch import Tensor
 
 from agegender import Model, ModelSpec
 from agegender.model import find_device
-from agegender.process import keep_freed_memory
+from agegender.process import core_count, keep_freed_memory
 from agegender.spec import FORMAT_VERSION
 from training.backbones import FOLDED
 from training.branch import join, parse_backbones
@@ -26,7 +26,7 @@ from training.data import Rejected, spread
 from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
 from training.deploy import Deployed
 from training.distill import TAUGHT, taught
-from training.evaluate import METRICS, REPORT, evaluate, predict_chips
+from training.evaluate import METRICS, REPORT, evaluate, keep_fonts_in, predict_chips
 from training.export import check_exportable, export
 from training.loop import (
     BEST,
@@ -43,12 +43,12 @@ from training.loss import Targets, label_targets
 from training.metrics import Scored, measure
 from training.network import Network, create_network
 from training.normalization import standardize
-from training.options import TrainOptions
+from training.options import OPTIONS, TrainOptions, read_options
 from training.quantize import is_rounded, round_to_eight_bits
 
 __all__ = ["run"]
 
-_OPTIONS: Final = "options.json"
+_LABELS: Final = "labels_sha256"  # stands beside the options
 _START_OVER: Final = "give another --out-dir, or --no-resume to start over"
 _STATISTICS: Final = 512  # chips that statistics of activations are estimated from
 
@@ -73,13 +73,18 @@ def run(options: TrainOptions) -> Path:
     """
     # Ray's workers run in directories of their own.
     options = dataclasses.replace(options, out_dir=options.out_dir.absolute(), cache_dir=options.cache_dir.absolute())
+    keep_fonts_in(options.cache_dir)
     if _has_begun(options):
         _check_options(options)
     device = _prepare(options)
     faces = load_faces(options)
     print(_summary(faces), flush=True)
+    if len(faces.samples["train"]) < options.workers:
+        raise ValueError(
+            f"{len(faces.samples['train'])} training pictures for {options.workers} workers; lower --workers"
+        )
     if _has_begun(options):
-        _check_splits(faces, options.out_dir)
+        _check_faces(faces, options)
     network = _initial_network(options, faces)
     _begin(options, faces)
     if options.epochs == 0:
@@ -107,7 +112,7 @@ def _has_begun(options: TrainOptions) -> bool:
 
 def _check_options(options: TrainOptions) -> None:
     """Refuses to go on with other options than the run in `out_dir` began with."""
-    begun: dict[str, Any] = json.loads((options.out_dir / _OPTIONS).read_text())
+    begun = _begun(options)
     resolved = _resolved(options)
     changed = [name for name in resolved if name not in _FREE and begun.get(name) != resolved[name]]
     if changed:
@@ -120,11 +125,23 @@ def _resolved(options: TrainOptions) -> dict[str, Any]:
     return resolved
 
 
-def _check_splits(faces: Faces, out_dir: Path) -> None:
-    """Refuses to go on with other splits: what was trained on could come to be tested on."""
-    changes = read_splits(splits_path(out_dir / ARTIFACT)).changes(faces.splits())
+def _begun(options: TrainOptions) -> dict[str, Any]:
+    """What the run in `out_dir` began with."""
+    try:
+        return read_options(options.out_dir)
+    except FileNotFoundError:
+        raise ValueError(f"{options.out_dir} holds a run that has lost its {OPTIONS}; {_START_OVER}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {_START_OVER}") from None
+
+
+def _check_faces(faces: Faces, options: TrainOptions) -> None:
+    """Refuses to go on with other splits or labels: what was trained on could come to be tested on."""
+    changes = read_splits(splits_path(options.out_dir / ARTIFACT)).changes(faces.splits())
     if changes:
-        raise ValueError(f"{out_dir} holds a run with other pictures ({changes}); {_START_OVER}")
+        raise ValueError(f"{options.out_dir} holds a run with other pictures ({changes}); {_START_OVER}")
+    if _begun(options).get(_LABELS) != faces.labels_digest():
+        raise ValueError(f"{options.out_dir} holds a run with other labels of these pictures; {_START_OVER}")
 
 
 def _begin(options: TrainOptions, faces: Faces) -> None:
@@ -137,16 +154,16 @@ def _begin(options: TrainOptions, faces: Faces) -> None:
         (options.out_dir / TAUGHT).unlink(missing_ok=True)
     _write_rejected(faces.rejected, options.out_dir / "rejected.csv")
     write_splits(faces, splits_path(options.out_dir / ARTIFACT))
-    path = options.out_dir / _OPTIONS
+    path = options.out_dir / OPTIONS
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_resolved(options), indent=1) + "\n")
+    temporary.write_text(json.dumps({**_resolved(options), _LABELS: faces.labels_digest()}, indent=1) + "\n")
     os.replace(temporary, path)
 
 
 def _prepare(options: TrainOptions) -> torch.device:
     device = find_device(options.device)
     keep_freed_memory(most_bytes=None)  # a step's activations come anew with the next
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    torch.set_num_threads(options.threads or core_count())
     make_deterministic(options.seed)
     return device
 
@@ -204,8 +221,8 @@ def _checkpoint_state(options: TrainOptions) -> dict[str, Any] | None:
 def _check_age_loss(options: TrainOptions) -> None:
     """Without an epoch, what is predicted must be what the checkpoint was trained to predict."""
     for path in options.checkpoint:
-        told = path.parent / _OPTIONS
-        trained = json.loads(told.read_text()).get("age_loss", "distribution") if told.exists() else options.age_loss
+        told = (path.parent / OPTIONS).exists()
+        trained = read_options(path.parent).get("age_loss", "distribution") if told else options.age_loss
         if trained != options.age_loss:
             raise ValueError(f"{path} was trained with --age-loss {trained}; give it here too")
 
