@@ -10,8 +10,8 @@ from agegender import FacePrediction
 __all__ = ["AGE_END_YEARS", "age_data", "age_scale", "bars", "histogram"]
 
 AGE_END_YEARS: Final = 116  # the oldest in the training data, as the network's last bin
-GENDER_COLOURS: Final = {"male": "#4a86f7", "female": "#d6498f"}  # legible on white and on near black
-_ACCENT: Final = GENDER_COLOURS["male"]
+_GENDER_COLOURS: Final = {"male": "#4a86f7", "female": "#d6498f"}  # legible on white and on near black
+_ACCENT: Final = _GENDER_COLOURS["male"]
 _NEUTRAL: Final = "#7a8699"
 _HEIGHT_PX: Final = 260
 _SCALE_HEIGHT_PX: Final = 44
@@ -65,7 +65,7 @@ def histogram(bins: pd.DataFrame, *, title: str, split: str | None = None) -> al
         alt.Color(
             f"{split}:N",
             title=None,
-            scale=alt.Scale(domain=list(GENDER_COLOURS), range=list(GENDER_COLOURS.values())),
+            scale=alt.Scale(domain=list(_GENDER_COLOURS), range=list(_GENDER_COLOURS.values())),
             legend=alt.Legend(orient="top"),
         )
         if split

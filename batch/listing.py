@@ -24,7 +24,7 @@ from pyarrow import fs
 from batch.errors import SourceError, first_line
 from batch.location import decode_path, encode_path, filesystem_of, is_pattern, is_remote, normalize
 
-__all__ = ["MANIFEST_SCHEMA", "Input", "Listing", "block_size", "blocks_of", "shard_count"]
+__all__ = ["MANIFEST_SCHEMA", "Input", "Listing", "block_size", "blocks_of", "digest", "shard_count"]
 
 # One shard is held in memory and sorted by name.
 _SHARD_INPUTS: Final = 65_536

@@ -27,13 +27,13 @@ from batch.errors import JobError, OutputError, first_line
 from batch.lease import LeaseLostError, LeaseTakenError, lease
 from batch.location import filesystem_of, is_remote
 
-__all__ = ["Output", "Run"]
+__all__ = ["REPORT_FILE", "Output", "Run", "now"]
 
 _RUN: Final = "_run"
 _RUN_FILE: Final = "_run/run.json"
 _STAGING: Final = "staging-"
 _SUCCESS: Final = "_SUCCESS"
-SUMMARY_FILE: Final = "_summary.json"
+_SUMMARY_FILE: Final = "_summary.json"
 REPORT_FILE: Final = "_report.html"
 _OURS: Final = re.compile(r"_run|_SUCCESS|_summary\.json|_report\.html|faces-[0-9a-f]{8}-\d{5}\.parquet")
 _SUMMARY: Final[dict[str, type | tuple[type, ...]]] = {
@@ -162,15 +162,15 @@ class Output:
             OutputError: there is none, or it is damaged.
         """
         try:
-            if (text := self._read(SUMMARY_FILE)) is None:
-                raise OutputError(f"{self.name} is not a finished output: it has no {SUMMARY_FILE}")
+            if (text := self._read(_SUMMARY_FILE)) is None:
+                raise OutputError(f"{self.name} is not a finished output: it has no {_SUMMARY_FILE}")
             summary = dict(json.loads(text))
             _model_text(_run_from(summary["run"]).model)
             wrong = [name for name, kinds in _SUMMARY.items() if not isinstance(summary[name], kinds)]
             if wrong:
                 raise TypeError(f"{wrong[0]} is of another type")
         except (ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{self.name}: {SUMMARY_FILE} is damaged; --overwrite starts anew") from error
+            raise OutputError(f"{self.name}: {_SUMMARY_FILE} is damaged; --overwrite starts anew") from error
         return summary
 
     def files(self) -> list[str]:
@@ -285,7 +285,7 @@ class Output:
     def finish(self, summary: dict[str, Any]) -> None:
         """All final files are there: says so, and tidies up."""
         self.check_held()
-        self.write(SUMMARY_FILE, json.dumps(summary, indent=1))
+        self.write(_SUMMARY_FILE, json.dumps(summary, indent=1))
         self.write(_SUCCESS, "")
         self.clear_run()
 

@@ -18,7 +18,7 @@ from batch.output import Output, Run
 from batch.scorer import BLOCK_SCHEMA
 from batch.summary import Counts
 
-__all__ = ["FINAL_SCHEMA", "Part", "committed_parts", "publish"]
+__all__ = ["FINAL_SCHEMA", "Part", "committed_parts", "describe", "publish"]
 
 FINAL_SCHEMA: Final = pa.schema([pa.field("id", pa.int64(), metadata={"doc": "number of the input"}), *arrow_schema()])
 
@@ -129,7 +129,7 @@ def _stage(output: Output, run: Run, parts: list[Part], staging: str) -> dict[st
     """Writes the final files aside; returns their names and sizes in bytes."""
     sizes: dict[str, int] = {}
     seen = np.zeros(run.inputs, bool)
-    schema = FINAL_SCHEMA.with_metadata(file_metadata(run))
+    schema = FINAL_SCHEMA.with_metadata(_file_metadata(run))
     for number, table in enumerate(_tables(output, parts)):
         places = table["id"].to_numpy() - run.first_id
         if places.min() < 0 or places.max() >= run.inputs:
@@ -148,7 +148,7 @@ def _stage(output: Output, run: Run, parts: list[Part], staging: str) -> dict[st
     return sizes
 
 
-def file_metadata(run: Run) -> dict[str, str]:
+def _file_metadata(run: Run) -> dict[str, str]:
     """What each final file says of its origin."""
     return {
         "agegender.version": run.version,

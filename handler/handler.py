@@ -27,6 +27,8 @@ from handler import ARTIFACT, BUSY_LOCK, DETECTOR_WEIGHTS, DRAINING
 from handler.metrics import Metrics
 from handler.request import MAX_PIXELS, Options, Request, RequestError, parse_request
 
+__all__ = ["AgeGenderHandler"]
+
 _HTTP_STATUS: Final = {"not_image": 400, "unreadable": 400, "too_large": 413}
 _ADVICE: Final = {
     "not_image": "send a JPEG, PNG, WebP, BMP, TIFF or GIF file",

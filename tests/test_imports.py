@@ -12,9 +12,19 @@ import sys
 import pytest
 
 import agegender
+import app
+import batch
+import handler
+import training
 from agegender import AgeGenderError, ImageDecodeError, ImageTooLargeError, ModelLoadError, NotAnImageError
 
 MODULES = ["agegender", *(f"agegender.{each.name}" for each in pkgutil.iter_modules(agegender.__path__))]
+OTHERS = [
+    f"{package.__name__}.{each.name}"
+    for package in (app, batch, handler, training)
+    for each in pkgutil.iter_modules(package.__path__)
+    if not each.name.startswith("__") and each.name not in ("streamlit_app", "results_page", "try_page")
+]
 FOREIGN = ["ts", "torchserve", "ray", "streamlit", "training", "handler", "batch", "app", "torchvision", "timm"]
 
 LOOK_AROUND = """
@@ -83,7 +93,7 @@ def test_a_name_that_the_package_has_not():
         agegender.Perdictor  # noqa: B018
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [*MODULES, *OTHERS])
 def test_all_is_true_and_complete(name):
     """What a module defines in public is listed, sorted, there, and has a docstring."""
     module = importlib.import_module(name)

@@ -13,10 +13,22 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAX_AGE_YEARS", "Labels", "Rejected", "Sample", "Split", "parse_name", "scan", "split_samples", "spread"]
+__all__ = [
+    "MAX_AGE_YEARS",
+    "Labels",
+    "Rejected",
+    "Sample",
+    "Split",
+    "near_duplicate_groups",
+    "parse_name",
+    "perceptual_hash",
+    "scan",
+    "split_samples",
+    "spread",
+]
 
 MAX_AGE_YEARS: Final = 116
-IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+_IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 Split = Literal["train", "val", "test"]
 
@@ -112,7 +124,7 @@ def _pictures(data_dir: Path, rejected: Rejected) -> list[Path]:
     for folder, folders, names in os.walk(data_dir, onerror=unreadable):
         for link in filter(Path.is_symlink, (Path(folder, name) for name in folders)):
             rejected.reasons[link] = "link to a directory, which is not entered: give the directory itself"
-        pictures += [Path(folder, name) for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+        pictures += [Path(folder, name) for name in names if Path(name).suffix.lower() in _IMAGE_SUFFIXES]
     return sorted(pictures)
 
 

@@ -25,7 +25,7 @@ from training.robustness import robustness
 if TYPE_CHECKING:
     from training.report import Evaluation
 
-__all__ = ["METRICS", "REPORT", "EvaluateOptions", "evaluate", "keep_fonts_in", "predict_chips"]
+__all__ = ["METRICS", "REPORT", "EvaluateOptions", "evaluate", "keep_fonts_in", "main", "predict_chips", "run"]
 
 METRICS: Final = "metrics.json"
 REPORT: Final = "report.html"

@@ -20,7 +20,7 @@ from training.deploy import Deployed
 from training.network import AGE_BINS, Network
 from training.options import TrainOptions
 
-__all__ = ["Artifact", "check_exportable", "export"]
+__all__ = ["Artifact", "Output", "check_exportable", "export"]
 
 
 # Lines of TorchScript's code such as `  stride : Final[Tuple[int, int]] = (1, 1)`.

@@ -194,7 +194,7 @@ def measure(scored: Scored) -> dict[str, Figure]:
     return {name: Figure(values[name], float(low), float(high)) for name, (low, high) in ends.items()}
 
 
-def groups(scored: Scored) -> dict[str, npt.NDArray[np.bool_]]:
+def _groups(scored: Scored) -> dict[str, npt.NDArray[np.bool_]]:
     """Masks by age band, gender and race label, and by their crossings in pairs."""
     bands = {f"age {low}-{high}": scored.aged(low, high) for low, high in AGE_BANDS}
     genders = {name: scored.gender_true == index for index, name in enumerate(("male", "female"))}
@@ -215,5 +215,5 @@ def groups(scored: Scored) -> dict[str, npt.NDArray[np.bool_]]:
 
 def measure_groups(scored: Scored) -> dict[str, tuple[int, dict[str, Figure]]]:
     """Size and metrics of each group that is not too small for them."""
-    masks = {name: mask for name, mask in groups(scored).items() if mask.sum() >= _LEAST_PICTURES or name == "all"}
+    masks = {name: mask for name, mask in _groups(scored).items() if mask.sum() >= _LEAST_PICTURES or name == "all"}
     return {name: (int(mask.sum()), measure(scored.where(mask))) for name, mask in masks.items()}
