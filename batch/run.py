@@ -31,6 +31,8 @@ __all__ = ["run_batch"]
 
 _JUDGE_AFTER: Final = 100
 
+_MIDDLE: Final = (0.1, 0.9)
+
 # A worker that outlives a killed driver for a moment may commit a block whose outcomes the next run has just deleted as
 # unfinished, which is found out once all others are done.
 _ROUNDS: Final = 2
@@ -290,6 +292,7 @@ def _finish(
         "seconds": round(ended - started, 3),
         "startup_s": round(watch.startup_s(started), 3),
         "images_per_s": round(watch.images_per_s(counts.inputs - before, ended), 2),
+        "steady_images_per_s": round(watch.steady_images_per_s(), 2),
         "stages_s": {stage: round(value, 3) for stage, value in watch.report.stages_s.items()},
         "slowest": [{"path": path, "seconds": round(value, 4)} for value, path in watch.report.slowest],
         "finished": now(),
@@ -321,13 +324,18 @@ class _Watch:
         self._statuses: Counter[str] = before.copy()
         self._progress = Progress(run.inputs, before=sum(before.values()))
         self._first: tuple[float, int] | None = None  # when there were results, and how many
+        self._middle: dict[float, tuple[float, int]] = {}  # the same, when that share of what was left to do was done
         self.report = BlockReport()
 
     def see(self, report: BlockReport) -> None:
         """Takes what this call has come to so far."""
         self.report = report
-        if report.statuses and self._first is None:
-            self._first = time.monotonic(), sum(report.statuses.values())
+        scored, total = sum(report.statuses.values()), self._run.inputs - sum(self._before.values())
+        if scored and self._first is None:
+            self._first = time.monotonic(), scored
+        for share in _MIDDLE:
+            if scored >= share * total:
+                self._middle.setdefault(share, (time.monotonic(), scored))
         self._statuses = self._before + report.statuses
         done = sum(self._statuses.values())
         self._progress.show(done, bad_count(self._statuses))
@@ -346,6 +354,13 @@ class _Watch:
             return 0.0
         since, first = self._first
         return (done - first) / max(ended - since, 1e-3)
+
+    def steady_images_per_s(self) -> float:
+        """Speed between a tenth and nine tenths of the work: all workers run, and none has ended; 0 if not known."""
+        if len(self._middle) < len(_MIDDLE):
+            return 0.0
+        (began, first), (ended, last) = (self._middle[share] for share in _MIDDLE)
+        return (last - first) / (ended - began) if ended > began else 0.0
 
     def judge(self, statuses: Counter[str]) -> None:
         if self._max_bad is not None and _exceeds(self._max_bad, bad_count(statuses), sum(statuses.values())):

@@ -1127,6 +1127,19 @@ def test_the_speed_is_that_after_the_first_results(request_: Request, monkeypatc
     assert (watch.startup_s(0.0), watch.images_per_s(60, 20.0)) == (10.0, 5.0)
 
 
+def test_the_steady_speed_is_that_of_the_middle(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From six of sixty inputs to 54; what was done before counts nowhere."""
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    watch = _Watch(Run("0" * 8, "", "", {}, {}, [], 100, 8), Counter(ok=40), request_)
+    for clock[0], done in ((5.0, 1), (9.0, 6), (10.0, 20), (11.0, 53)):
+        watch.see(BlockReport(Counter(ok=done)))
+        assert watch.steady_images_per_s() == 0.0
+    for clock[0], done in ((13.0, 54), (30.0, 60)):
+        watch.see(BlockReport(Counter(ok=done)))
+    assert watch.steady_images_per_s() == 12.0
+
+
 def test_a_block_that_is_done_again_is_counted_once() -> None:
     tally = Tally()
     tally.report(0, BlockReport(statuses={"ok": 5}))  # type: ignore[arg-type]

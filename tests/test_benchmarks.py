@@ -192,6 +192,7 @@ def test_the_job_is_timed_from_its_first_result(tmp_path: Path, monkeypatch: pyt
         out = Path(command[4])
         out.mkdir()
         summary = {"inputs": 600, "images_per_s": 100, "seconds": 20, "startup_s": 8, "stages_s": {"read": 6}}
+        summary["steady_images_per_s"] = 120
         (out / "_summary.json").write_text(json.dumps(summary))
         (out / "_SUCCESS").touch()
         os.utime(out / "_SUCCESS", (1000, 1000))  # so the first result was there at 988
@@ -199,7 +200,7 @@ def test_the_job_is_timed_from_its_first_result(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(batch, "_run", run)
     ours = batch.MEASURES["ours"](a_bench(tmp_path), "whole", [tmp_path / "a.jpg"], 100.0)
-    assert (ours.images_per_s, ours.cpu_ms, ours.first_result_s) == (100, pytest.approx(25), 9)
+    assert (ours.images_per_s, ours.steady_per_s, ours.cpu_ms, ours.first_result_s) == (100, 120, pytest.approx(25), 9)
     assert ours.stages_ms == {"read": 10, "rest": 10}  # 2 processes have 20 ms for each image
 
 
@@ -207,12 +208,15 @@ def test_a_rate_is_compared_with_that_of_the_bare_predictor_in_its_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates = {"bare": iter((100.0, 200.0)), "ours": iter((90.0, 100.0))}
+    steady = {"ours": 110.0}
 
     def fails(*_: object) -> NoReturn:
         raise batch.ContestantError("no such recipe")
 
     for name, own in rates.items():
-        monkeypatch.setitem(batch.MEASURES, name, lambda *_, name=name, own=own: rate(name, next(own)))
+        monkeypatch.setitem(
+            batch.MEASURES, name, lambda *_, name=name, own=own: rate(name, next(own), steady_per_s=steady.get(name))
+        )
     monkeypatch.setitem(batch.MEASURES, "ray", fails)
     failed: dict[str, str] = {}
     sources = {"whole": Images([], "none")}
@@ -220,20 +224,23 @@ def test_a_rate_is_compared_with_that_of_the_bare_predictor_in_its_round(
     assert [(each.round, each.contestant, each.ratio) for each in results] == [
         (0, "bare", 1), (0, "ours", 0.9), (1, "bare", 1), (1, "ours", 0.5),
     ]  # fmt: skip
+    assert [each.steady_ratio for each in results] == [None, pytest.approx(1.1), None, pytest.approx(0.55)]
     assert failed == {"ray": "no such recipe"}
 
 
 def test_targets_are_of_the_median_of_the_rounds(tmp_path: Path) -> None:
     bare = [rate("bare", 100, number) for number in range(3)]
     ours = [rate("ours", each, number, first_result_s=8.5) for number, each in enumerate((50, 95, 99))]
+    middle = [rate("ours", 50, number, steady_per_s=91.0) for number in range(3)]
     peers = [rate("peer", 64, number) for number in range(3)]
     sources = {"whole": Images([], "none")}
     lines = batch._target_lines(sources, [*bare, *ours, *peers])
-    assert "- whole: ours 0.95 x bare, target 0.9: reached" in lines
+    assert "- whole: ours 0.95 x bare, steady, target 0.9: reached" in lines
     assert "- whole: ours 1.48 x peer, target 1.5: not reached" in lines
     assert "- from the command to the first result: 8.5 s, target 8: not reached" in lines
     report = batch._report(a_bench(tmp_path), sources, ours, {"ray": "no such recipe"})
-    assert "| whole | ours | 95 (50-99) | 2 (2-2) |  | 8.5 (8.5-8.5) |" in report
+    assert "| whole | ours | 95 (50-99) | 2 (2-2) |  |  | 8.5 (8.5-8.5) |" in report
+    assert "- whole: ours 0.91 x bare, steady, target 0.9: reached" in batch._target_lines(sources, [*bare, *middle])
     assert "Not measured, ray: no such recipe" in report
 
 
