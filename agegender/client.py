@@ -133,7 +133,9 @@ class Client:
         if error.get("code") in _IMAGE_ERRORS and isinstance(error.get("message"), str):
             return ImageResult(item.path, error["code"], error["message"], error.get("width"), error.get("height"))
         if status == 413:
-            return ImageResult(item.path, "too_large", f"the server takes no {len(item.data)} bytes; shrink the image")
+            return ImageResult(
+                item.path, "too_large", f"the server takes no {memoryview(item.data).nbytes} bytes; shrink the image"
+            )
         raise ServerError(_explain(self.server, status, answer))
 
     def _result(self, item: Item, answer: Mapping[str, Any]) -> ImageResult:

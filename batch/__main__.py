@@ -116,7 +116,7 @@ def _unless_stuck(handled: threading.Event) -> Iterator[None]:
         while (number := reader.recv(1)) and number[0] not in (signal.SIGINT, signal.SIGTERM):
             pass
         if number and not handled.wait(_STUCK_S):
-            tell(sys.stderr, "\nbatch: interrupted while a store did not answer; the same command goes on from here\n")
+            tell(sys.stderr, "\nbatch: interrupted while a store did not answer; what is done stays done\n")
             os._exit(_INTERRUPTED)
 
     with reader, writer:
@@ -144,22 +144,27 @@ def _run(action: Callable[[argparse.Namespace], None], options: argparse.Namespa
 
 
 def _score(options: argparse.Namespace) -> None:
-    from batch.location import filesystem_of, is_pattern, is_remote, normalize
     from batch.run import run_batch
-    from batch.samples import write_samples
 
-    if options.samples and options.dry_run and not Path(options.sources[0]).exists():
-        raise ValueError(
-            f"{options.sources[0]} has no samples yet, and a dry run writes nothing; leave out --dry-run once"
-        )
-    if options.samples and not options.dry_run:
-        if is_remote(options.sources[0]):
-            raise ValueError(f"the samples go into a directory of this machine, not to {options.sources[0]}")
-        if is_pattern(os.fsencode(options.sources[0])):
-            raise ValueError(f"the samples go into one directory, and {options.sources[0]} is a glob")
-        write_samples(Path(filesystem_of(normalize(options.sources[0]))[1]))
+    if options.samples:
+        _write_samples(options.sources[0], dry_run=options.dry_run)
     stream = sys.stdout  # while the engine runs, `sys.stdout` is for its libraries
     run_batch(_request(options), lambda text: tell(stream, f"{text}\n"))
+
+
+def _write_samples(source: str, *, dry_run: bool) -> None:
+    from batch.location import filesystem_of, is_pattern, is_remote, normalize
+    from batch.samples import write_samples
+
+    if is_remote(source):
+        raise ValueError(f"the samples go into a directory of this machine, not to {source}")
+    if is_pattern(os.fsencode(source)):
+        raise ValueError(f"the samples go into one directory, and {source} is a glob")
+    folder = Path(filesystem_of(normalize(source))[1])
+    if not dry_run:
+        write_samples(folder)
+    elif not folder.exists():
+        raise ValueError(f"{source} has no samples yet, and a dry run writes nothing; leave out --dry-run once")
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -132,10 +132,9 @@ class Output:
 
     def clear_staging(self) -> None:
         """Deletes what calls that were killed have written aside."""
-        self.check_held()
         for info in self.list(self.path(_RUN)):
             if info.base_name.startswith(_STAGING):
-                _delete(self.filesystem, info)
+                self.remove(info)
 
     def begun(self) -> bool:
         """Whether a run goes on or was stopped there, if only while it listed its inputs."""
@@ -244,16 +243,16 @@ class Output:
         self.clear_run(but=but)
         for info in self.list():
             if _OURS.fullmatch(info.base_name) and info.base_name != _RUN:
-                _delete(self.filesystem, info)
+                self.remove(info)
 
     def clear_run(self, *, but: Run | None = None) -> None:
         """Deletes `_run/`, but for what a new run has listed; `run.json` first, without which the rest is nothing."""
-        self.check_held()
         entries = self.list(self.path(_RUN))
         for info in sorted(entries, key=lambda info: info.path != self.path(_RUN_FILE)):
             if but is None or info.base_name != but.id:
-                _delete(self.filesystem, info)
+                self.remove(info)
         if but is None and self.begun():
+            self.check_held()
             self.filesystem.delete_dir(self.path(_RUN))
 
     def drop(self, run: Run) -> None:
@@ -276,18 +275,27 @@ class Output:
 
     def reopen(self) -> None:
         """No longer says that all is there, as a finished output does that a run adds to, nor shows a page about it."""
-        self.check_held()
         for name in (_SUCCESS, REPORT_FILE):
             info = self.filesystem.get_file_info(self.path(name))
             if info.type is fs.FileType.File:
-                self.filesystem.delete_file(info.path)
+                self.remove(info)
 
     def finish(self, summary: dict[str, Any]) -> None:
         """All final files are there: says so, and tidies up."""
         self.check_held()
         self.write(_SUMMARY_FILE, json.dumps(summary, indent=1))
+        self.check_held()
         self.write(_SUCCESS, "")
         self.clear_run()
+
+    def remove(self, info: fs.FileInfo) -> None:
+        """Deletes a file or a directory, if this run still holds the output; one that is gone already is no error."""
+        self.check_held()
+        with contextlib.suppress(FileNotFoundError):
+            if info.type is fs.FileType.Directory:
+                self.filesystem.delete_dir(info.path)
+            else:
+                self.filesystem.delete_file(info.path)
 
     def write(self, name: str, text: str) -> None:
         """Writes a small file; a reader sees all of it or nothing."""
@@ -316,7 +324,7 @@ class Output:
         """Keeps a second run off the directory.
 
         Inside this context `check_held` raises when another run has taken over, which an object store cannot rule out.
-        What deletes or replaces something for good asks it first; the context makes a JobError of what it raises.
+        It is asked before each file is deleted, moved or replaced; the context makes a JobError of what it raises.
 
         Raises:
             OutputError: another run holds it.
@@ -375,6 +383,11 @@ def _free() -> None:
     """Stands for the question whether a run still holds a directory that none can take over."""
 
 
+def _reason(error: OSError) -> str:
+    """What the system says, without the path, which is named already."""
+    return os.strerror(error.errno) if error.errno else first_line(error)
+
+
 def now() -> str:
     """This moment, ISO 8601 in UTC."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -386,17 +399,6 @@ def _run_from(values: dict[str, Any]) -> Run:
 
 def _option_text(value: Any) -> str:
     return "not given" if value is None or value is False else "given" if value is True else str(value)
-
-
-def _reason(error: OSError) -> str:
-    return os.strerror(error.errno) if error.errno else first_line(error)
-
-
-def _delete(filesystem: fs.FileSystem, info: fs.FileInfo) -> None:
-    if info.type is fs.FileType.Directory:
-        filesystem.delete_dir(info.path)
-    else:
-        filesystem.delete_file(info.path)
 
 
 def _model_text(model: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Parts -> final files: each committed outcome once, sorted, in files of a sensible size, and a summary of them."""
 
-import contextlib
 import itertools
 import json
 from collections import defaultdict
@@ -11,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 from agegender.records import arrow_schema
 from batch.errors import IncompleteError
@@ -48,34 +48,27 @@ def committed_parts(output: Output, run: Run) -> tuple[list[Part], Counts]:
     Raises:
         OSError: one cannot be read; nothing is deleted on that account.
     """
-    output.check_held()
     parts: list[Part] = []
     counts = Counts()
     seen: set[int] = set()
-    orphans: dict[str, list[str]] = defaultdict(list)
+    orphans: dict[str, list[fs.FileInfo]] = defaultdict(list)
     for info in output.list(output.parts(run)):
-        orphans[info.base_name.rpartition("-")[0]].append(info.path)  # STEM-0.parquet belongs to STEM.parquet
+        orphans[info.base_name.rpartition("-")[0]].append(info)  # STEM-0.parquet belongs to STEM.parquet
     for info in output.list(output.checkpoint(run)):
         stem = info.base_name.removesuffix(".parquet")
         files = orphans.get(stem, [])
-        table = _read_part(output, info.path, files)
+        table = _read_part(output, info.path, [file.path for file in files])
         if table is None:
-            _discard(output, info.path)
+            output.remove(info)
             continue
         del orphans[stem]
         blocks = frozenset(table["block"].unique().to_pylist()) - seen
         seen |= blocks
         counts.add(_of_blocks(table, blocks))
-        parts.extend([Part(files[0], blocks)] if blocks else [])
-    for path in itertools.chain.from_iterable(orphans.values()):
-        _discard(output, path)
+        parts.extend([Part(files[0].path, blocks)] if blocks else [])
+    for info in itertools.chain.from_iterable(orphans.values()):
+        output.remove(info)
     return parts, counts
-
-
-def _discard(output: Output, path: str) -> None:
-    """Deletes a file; a worker that outlived its driver for a moment may have renamed it since it was listed."""
-    with contextlib.suppress(FileNotFoundError):
-        output.filesystem.delete_file(path)
 
 
 def _read_part(output: Output, checkpoint: str, files: list[str]) -> pa.Table | None:
@@ -119,10 +112,11 @@ def publish(output: Output, run: Run, parts: list[Part]) -> None:
     output.sync(output.base)
     own = {info.base_name: info for info in output.list() if info.base_name.startswith(f"faces-{run.id}-")}
     if {name: info.size for name, info in own.items() if name in sizes} != sizes:
-        raise IncompleteError(f"files that were put into {output.name} are not there; the same command puts them back")
+        raise IncompleteError(
+            f"files that were put into {output.name} are not there; the same command without --overwrite puts them back"
+        )
     for name in own.keys() - sizes.keys():  # of a call that ended while it moved others
-        output.check_held()
-        output.filesystem.delete_file(own[name].path)
+        output.remove(own[name])
 
 
 def _stage(output: Output, run: Run, parts: list[Part], staging: str) -> dict[str, int]:

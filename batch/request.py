@@ -43,7 +43,9 @@ class ScoreOptions:
             ValueError: an option is out of its range.
         """
         from agegender import FaceDetector
+        from agegender.detector import check_options
 
+        check_options(self.min_score, self.max_faces, self.faces)
         if self.max_pixels < 1:
             raise ValueError("max_pixels must be at least 1")
         FaceDetector(min_score=self.min_score, max_faces=self.max_faces)

@@ -281,9 +281,10 @@ def _finish(
         say(f"{counts.inputs:,} of {run.inputs:,} files were done before.")
     before, watch, rounds = counts.inputs, _Watch(run, counts.statuses, request), 0
     while counts.inputs < run.inputs and rounds < _ROUNDS:
-        before, watch, rounds = counts.inputs, _Watch(run, counts.statuses, request), rounds + 1
+        watch.begin(counts.statuses)
         _score(output, run, model, request, watch)
         parts, counts = committed_parts(output, run)
+        rounds += 1
     watch.judge(counts.statuses)
     publish(output, run, parts)
     ended = time.monotonic()
@@ -323,13 +324,20 @@ class _Watch:
         self._same_command = same_command(request.mode)
         self._statuses: Counter[str] = before.copy()
         self._progress = Progress(run.inputs, before=sum(before.values()))
+        self._earlier = BlockReport()
         self._first: tuple[float, int] | None = None  # when there were results, and how many
         self._middle: dict[float, tuple[float, int]] = {}  # the same, when that share of what was left to do was done
         self.report = BlockReport()
 
+    def begin(self, before: Counter[str]) -> None:
+        """A round begins, with these outcomes so far. Times and speeds are of all rounds together."""
+        self._before, self._earlier = before, self.report
+
     def see(self, report: BlockReport) -> None:
-        """Takes what this call has come to so far."""
-        self.report = report
+        """Takes what this round has come to so far."""
+        self.report = BlockReport()
+        for each in (self._earlier, report):
+            self.report.add(each)
         scored, total = sum(report.statuses.values()), self._run.inputs - sum(self._before.values())
         if scored and self._first is None:
             self._first = time.monotonic(), scored

@@ -28,6 +28,14 @@ SHARED = REPOSITORY.parent / "shared"
 Encode = Callable[..., bytes]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fonts_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Training would keep matplotlib's list of them with its cache, in this process and those that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("fonts")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY

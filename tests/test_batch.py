@@ -326,20 +326,17 @@ def test_a_dry_run_of_samples_that_are_not_there_says_so(tmp_path: Path) -> None
 
 def test_a_run_is_told_to_end_while_a_store_does_not_answer(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        started = subprocess.Popen(
-            [sys.executable, "-m", "batch", "s3://bucket/photos", str(tmp_path / "out")],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{silent.getsockname()[1]}",
-                "AWS_ACCESS_KEY_ID": "nobody",
-                "AWS_SECRET_ACCESS_KEY": "nothing",
-            },
-        )
-        silent.settimeout(60)
-        with silent.accept()[0]:
-            started.send_signal(signal.SIGTERM)
-            _, told = started.communicate(timeout=60)
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        keys = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"}
+        call = [sys.executable, "-m", "batch", "s3://bucket/photos", str(tmp_path / "out")]
+        environment = {**os.environ, **keys, "AWS_ENDPOINT_URL": address}
+        with subprocess.Popen(call, stderr=subprocess.PIPE, text=True, env=environment) as started:
+            try:
+                silent.settimeout(60)
+                with silent.accept()[0]:
+                    started.send_signal(signal.SIGTERM)
+                    _, told = started.communicate(timeout=60)
+            finally:
+                started.kill()
     assert started.returncode == 130
     assert "batch: interrupted" in told

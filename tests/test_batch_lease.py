@@ -1,5 +1,6 @@
 """Two runs and one output in an object store, with a local directory in the store's place."""
 
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -101,7 +102,7 @@ def test_an_output_says_it_in_a_sentence(tmp_path: Path, monkeypatch: pytest.Mon
     out.is_local = False
     with pytest.raises(JobError, match="took over"), out.locked():  # noqa: PT012
         next(tmp_path.iterdir()).unlink()
-        out.clear()
+        out.check_held()
     with out.locked(), pytest.raises(OutputError, match="another run is writing"), out.locked():
         pass
     out.clear()
@@ -148,6 +149,19 @@ def test_a_run_that_was_taken_for_dead_changes_nothing(
         before = {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
         change(out, run)
     assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("held", [1, 2, 3])
+def test_an_output_that_is_lost_while_it_is_cleared_keeps_the_rest(held: int, tmp_path: Path) -> None:
+    out = Output(str(tmp_path))
+    for name in ("_run/run.json", "_SUCCESS", "_summary.json", "faces-00000000-00000.parquet"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    asked = itertools.count()
+    out.check_held = lambda: lost() if next(asked) == held else None
+    with pytest.raises(JobError, match="took over"):
+        out.clear()
+    assert len(list(tmp_path.rglob("*"))) == 5 - held
 
 
 class Waiting(fs.SubTreeFileSystem):
@@ -215,7 +229,7 @@ def test_files_that_vanish_from_an_output_while_it_is_published_are_missed(
     parts = [part(out, run, 0)]
     with monkeypatch.context() as patch:
         patch.setattr(out, "sync", lambda path: [file.unlink() for file in tmp_path.glob("faces-*")])
-        with pytest.raises(IncompleteError, match="the same command puts them back"):
+        with pytest.raises(IncompleteError, match="the same command without --overwrite puts them back"):
             publish(out, run, parts)
     publish(out, run, parts)
     assert len(pq.read_table(out.files()[0])) == 1

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -516,3 +517,13 @@ def test_a_list_without_line_ends_is_not_held_whole(tmp_path: Path) -> None:
     path.write_bytes(b"/a/b.jpg\n" + b"x" * (3 << 20))
     with pytest.raises(SourceError, match="has a line of more than 1,048,576 bytes"):
         names(path)
+
+
+def test_an_unreachable_store_is_not_tried_for_a_quarter_of_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Google's library does by default, without a word; moto has no such store."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "127.0.0.1:1")
+    monkeypatch.setattr("batch.location._RETRY_S", 2)
+    started = time.monotonic()
+    with pytest.raises(OSError, match="Retry policy exhausted"):
+        read_bytes("gs://bucket/photo.jpg", max_bytes=1)
+    assert time.monotonic() - started < 60

@@ -216,6 +216,9 @@ def test_blocks_that_a_worker_committed_and_lost_are_done_in_a_second_round(
     run_batch(request_, said.append)
     assert rounds == [0, 1, 2]
     assert len(pd.read_parquet(request_.out)) == 50
+    summary = Output(request_.out).summary()
+    assert len(summary["slowest"]) == 20  # of both rounds, as are the times
+    assert summary["images_per_s"] > 0
 
 
 def test_another_model_is_refused(request_: Request, engine: Engine, said: list[str], tmp_path: Path) -> None:

@@ -217,8 +217,9 @@ def test_a_disk_that_is_too_full_for_the_chips_is_told_of(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("file/run", "file is a file"),
-        ("file", "file is a file"),
+        ("file/run", "file is no directory"),
+        ("file", "file is no directory"),
+        ("dangling", "dangling is no directory"),
         ("run\udcff", "no name in UTF-8"),
         ("x" * 300, "cannot be used"),
     ],
@@ -227,6 +228,7 @@ def test_folders_that_cannot_be_written_are_refused_before_the_work(
     name: str, message: str, options: TrainOptions, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("gone")
     for folder in ("out_dir", "cache_dir"):
         with pytest.raises(ValueError, match=f"{folder} .*{message}"):
             replace(options, **{folder: tmp_path / name})
@@ -708,7 +710,7 @@ def test_lack_of_memory_is_told_in_a_sentence() -> None:
         with pytest.raises(ValueError, match="memory"), training.loop._lack_of_memory_told():
             raise error
     with pytest.raises(RuntimeError, match="shapes"), training.loop._lack_of_memory_told():
-        raise RuntimeError("shapes do not match")
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nshapes do not match")
 
 
 def test_workers_have_equal_shares_of_few_pictures(options: TrainOptions) -> None:
@@ -796,7 +798,12 @@ def test_an_interrupted_run_says_how_to_go_on(
 
     monkeypatch.setattr("training.__main__.run", interrupt)
     monkeypatch.setattr("sys.argv", ["training", "--data-dir", ".", *arguments])
-    assert main() == 130
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main() == 130
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert message in capsys.readouterr().err
 
 

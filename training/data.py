@@ -122,8 +122,8 @@ def _pictures(data_dir: Path, rejected: Rejected) -> list[Path]:
 
     pictures = []
     for folder, folders, names in os.walk(data_dir, onerror=unreadable):
-        for link in filter(Path.is_symlink, (Path(folder, name) for name in folders)):
-            rejected.reasons[link] = "link to a directory, which is not entered: give the directory itself"
+        for link in filter(os.path.islink, (os.path.join(folder, name) for name in folders)):
+            rejected.reasons[Path(link)] = "link to a directory, which is not entered: give the directory itself"
         pictures += [Path(folder, name) for name in names if Path(name).suffix.lower() in _IMAGE_SUFFIXES]
     return sorted(pictures)
 

@@ -99,11 +99,11 @@ def export(network: Deployed, calibration: Calibration, spec: ModelSpec, path: P
     with _hearing_out_torchscript():
         scripted = torch.jit.script(Artifact(network, calibration).eval())
         torch.jit.save(scripted, saved, _extra_files={SPEC_FILE: spec.to_json()})
-    _write_without_origins(saved, temporary)
+    _write_reproducibly(saved, temporary)
     os.replace(temporary, path)
 
 
-def _write_without_origins(saved: BinaryIO, path: Path) -> None:
+def _write_reproducibly(saved: BinaryIO, path: Path) -> None:
     """Keeps what the artifact is, and nothing of the process that wrote it: the same network gives the same bytes.
 
     Left out are the lines of the files that each operation came from, and torch's id of the archive, which nothing

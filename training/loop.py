@@ -60,6 +60,8 @@ _GRADIENT_CLIP: Final = 5.0
 _WARM_UP_SHARE: Final = 0.1
 _EVAL_BATCH: Final = 128
 
+_SMALLER: Final = "lower --batch-size or --size, and give another --out-dir"
+
 # One more error per ten genders weighs as much as one more year of age error when the best epoch is chosen.
 _YEARS_PER_ERROR_RATE: Final = 10.0
 
@@ -122,7 +124,7 @@ def train(network: Network, faces: Faces, targets: Targets, options: TrainOption
         device: where the network runs.
 
     Raises:
-        ValueError: the training diverged.
+        ValueError: the training diverged, or there was not enough memory for it.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
@@ -139,11 +141,11 @@ def train(network: Network, faces: Faces, targets: Targets, options: TrainOption
         batches = epoch_batches(chips, options, device, rank, world)
         with _lack_of_memory_told():
             loss = train_one_epoch(replica, state, batches, targets, options, device, epoch)
-        row = None
-        if val_chips is not None:
-            lr = float(state.scheduler.get_last_lr()[0])
-            mae, accuracy = _validate(state.ema.module, faces.samples["val"], val_chips, options.mean, device)
-            row = EpochResult(epoch, size_px, lr, loss, mae, accuracy)
+            row = None
+            if val_chips is not None:
+                lr = float(state.scheduler.get_last_lr()[0])
+                mae, accuracy = _validate(state.ema.module, faces.samples["val"], val_chips, options.mean, device)
+                row = EpochResult(epoch, size_px, lr, loss, mae, accuracy)
         curve.append(_shared(row, device))
         _check_finite(curve[-1])
         if rank == 0:
@@ -156,15 +158,15 @@ def _lack_of_memory_told() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ValueError("the GPU has no memory left for a batch; lower --batch-size or --size") from error
+        raise ValueError(f"the GPU has no memory left for a batch; {_SMALLER}") from error
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):
+        if "DataLoader worker (pid" in str(error):
             raise ValueError(
                 "a process that augments chips died, mostly for lack of memory; the same command goes on, "
                 "--num-workers 0 without such processes"
             ) from error
         if "not enough memory" in str(error) or "can't allocate memory" in str(error):
-            raise ValueError("there is no memory left for a batch; lower --batch-size or --size") from error
+            raise ValueError(f"there is no memory left for a batch; {_SMALLER}") from error
         raise
 
 

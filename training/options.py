@@ -184,13 +184,13 @@ def check_folder(name: str, path: Path) -> None:
     """
     try:
         str(path).encode()
-        nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+        nearest = next(each for each in (path, *path.absolute().parents) if each.exists() or each.is_symlink())
     except UnicodeEncodeError:
         raise ValueError(f"{name} {str(path)!r} is no name in UTF-8; give another folder") from None
     except OSError as error:
         raise ValueError(f"{name} {path} cannot be used ({error.strerror}); give another folder") from error
     if not nearest.is_dir():
-        raise ValueError(f"{name} {path} cannot be made: {nearest} is a file; give another folder")
+        raise ValueError(f"{name} {path} cannot be made: {nearest} is no directory; give another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ValueError(f"{name} {path} cannot be written to; give another folder")
 
