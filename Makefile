@@ -42,6 +42,8 @@ $(READY): requirements.txt pyproject.toml
 	$(if $(CPU),grep -vE '^(nvidia|cuda|triton)' requirements.txt >,rm -f) $(VENV)/requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $(if $(CPU),$(VENV)/)requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@test -z "$(CPU)" || ! test -d $(VENV)/lib/python3.*/site-packages/nvidia || \
+		echo 'make setup: CUDA came along: no index has torch without it; see README.md, Without CUDA' >&2
 	@java=$$($(BIN)/python -m handler java) && ln -sf "$$java" $(BIN)/java
 	@touch $@
 
@@ -71,8 +73,8 @@ evaluate: $(READY) ## Measure a model on labelled faces: DATA=DIR MODEL=FILE
 archive: $(READY) ## Build the model archive that TorchServe loads: MODEL=FILE
 	@$(BIN)/python -m handler archive --model "$$MODEL"
 
-serve: archive ## Start the server; returns when it answers predictions: MODEL=FILE
-	@$(BIN)/python -m handler start
+serve: $(READY) ## Start the server; returns when it answers predictions: MODEL=FILE
+	@$(BIN)/python -m handler start --model "$$MODEL"
 
 stop: $(READY) ## Let running requests finish, then stop the server
 	@$(BIN)/python -m handler stop

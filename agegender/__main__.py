@@ -1,6 +1,7 @@
 """`python -m agegender PHOTO...`: a table for people, JSON for programs, annotated copies for the eye."""
 
 import argparse
+import errno
 import io
 import json
 import os
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_FETCHED = OSError(errno.ENOENT, "no photo is fetched from an address; download it first")
 _COLUMNS = "{:<32} {:>4} {:>8} {:>9}  {:<7} {:>5} {:>6}"
 
 
@@ -52,6 +54,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.key_file and not options.server:
         parser.error("argument --key-file: not allowed without argument --server")
+    if options.draw and options.draw.exists() and not options.draw.is_dir():
+        parser.error(f"argument --draw: {options.draw} is a file; give a directory")
     if options.device and options.server:
         parser.error("argument --device: not allowed with argument --server, which has its own")
     return options
@@ -114,7 +118,7 @@ def _results(predictor: "Predictor | Client", paths: Sequence[str]) -> Iterator[
         try:
             item = Item(Path(path).read_bytes(), path)
         except OSError as error:
-            yield path, ImageResult.from_error(path, error)
+            yield path, ImageResult.from_error(path, _FETCHED if "://" in path else error)
         else:
             yield path, predictor.predict([item])[0]
 

@@ -120,7 +120,9 @@ def read_artifact(path: str | Path) -> tuple[ModelSpec, bytes]:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ModelLoadError(f"cannot read the model {path}: {error.strerror}; train one with `make train`") from error
+        raise ModelLoadError(
+            f"cannot read the model {path}: {error.strerror}; give the path of one, or train one with `make train`"
+        ) from error
     return read_spec(data, name=str(path)), data
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,7 +28,8 @@ _ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 
-_STUCK_S = 10
+# After an interrupt: until it must have been heard, until another one ends the program at once, until all has ended.
+_HEARD_S, _IMPATIENT_S, _ENDED_S = 10, 5, 40
 _DONE, _WRONG_CALL, _INTERRUPTED = 0, 2, 130
 
 _EPILOG = """\
@@ -66,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with _unless_stuck(handled):
             return _run(_report if reporting else _score, options)
+    except Exception:
+        if not handled.is_set():  # or it comes of the interrupt, as an ImportError does of one inside of a library
+            raise
+        tell(sys.stderr, "\nbatch: interrupted\n")
+        return _INTERRUPTED
     except KeyboardInterrupt as interrupt:
         tell(sys.stderr, "\nbatch: " + "; ".join(["interrupted", *interrupt.args]) + "\n")
         return _INTERRUPTED
@@ -105,19 +112,27 @@ def _interrupt_once(handled: threading.Event) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def _unless_stuck(handled: threading.Event) -> Iterator[None]:
-    """Ends the process where a signal's handler does not get its turn.
+    """Ends the process where an interrupt does not.
 
-    It runs between two steps of Python, and a call into an object store that does not answer is one step of minutes.
+    A handler runs between two steps of Python, and a call into an object store that does not answer is one step of
+    minutes; tidying up there takes as long. And what a handler raises inside a destructor, Python drops.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 
     def watch() -> None:
-        while (number := reader.recv(1)) and number[0] not in (signal.SIGINT, signal.SIGTERM):
-            pass
-        if number and not handled.wait(_STUCK_S):
-            tell(sys.stderr, "\nbatch: interrupted while a store did not answer; what is done stays done\n")
-            os._exit(_INTERRUPTED)
+        if not _interrupted(reader, None):
+            return
+        began = time.monotonic()
+        if handled.wait(_HEARD_S):
+            while (left := began + _ENDED_S - time.monotonic()) > 0:
+                again = _interrupted(reader, left)
+                if again is False:
+                    return
+                if again and time.monotonic() - began > _IMPATIENT_S:
+                    break
+        tell(sys.stderr, "\nbatch: interrupted, and ended without tidying up; what is done stays done\n")
+        os._exit(_INTERRUPTED)
 
     with reader, writer:
         before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -129,6 +144,18 @@ def _unless_stuck(handled: threading.Event) -> Iterator[None]:
             signal.set_wakeup_fd(before)
             writer.shutdown(socket.SHUT_WR)  # ends the thread
             watcher.join()
+
+
+def _interrupted(reader: socket.socket, timeout_s: float | None) -> bool | None:
+    """Waits for an interrupt: True for one, False where none can come any more, None when the time is over."""
+    reader.settimeout(timeout_s)
+    try:
+        while number := reader.recv(1):
+            if number[0] in (signal.SIGINT, signal.SIGTERM):
+                return True
+    except TimeoutError:
+        return None
+    return False
 
 
 def _run(action: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:

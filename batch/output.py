@@ -144,7 +144,8 @@ class Output:
         """The run that can be resumed, if there is one."""
         try:
             text = self._read(_RUN_FILE)
-            return None if text is None else _run_from(json.loads(text))
+            run = None if text is None else _run_from(json.loads(text))
+            return run if run and self.list(self.manifest(run)) else None  # or one put it back that woke up too late
         except (ValueError, KeyError, TypeError):
             return None  # a power cut left a piece of it, and whatever stands beside it may be no better
 
@@ -246,12 +247,15 @@ class Output:
                 self.remove(info)
 
     def clear_run(self, *, but: Run | None = None) -> None:
-        """Deletes `_run/`, but for what a new run has listed; `run.json` first, without which the rest is nothing."""
+        """Empties `_run/`, but for what a new run has listed; `run.json` first, without which the rest is nothing.
+
+        It goes itself when nothing is in it, and not with what a successor may have put there meanwhile.
+        """
         entries = self.list(self.path(_RUN))
         for info in sorted(entries, key=lambda info: info.path != self.path(_RUN_FILE)):
             if but is None or info.base_name != but.id:
                 self.remove(info)
-        if but is None and self.begun():
+        if but is None and self.begun() and not self.list(self.path(_RUN)):
             self.check_held()
             self.filesystem.delete_dir(self.path(_RUN))
 

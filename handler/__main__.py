@@ -41,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--timeout", type=float, default=120, metavar="S", help="start, run: wait at most this long (default 120)"
     )
-    parser.add_argument("--model", type=Path, help="archive: the artifact (default: model_store/agegender.pt)")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="archive: the artifact (default: model_store/agegender.pt); start: builds its archive first",
+    )
     parser.add_argument("--output", type=Path, help="archive: the file to write (default: model_store/agegender.mar)")
     options = parser.parse_args(arguments)
     try:
@@ -81,6 +85,9 @@ def _serve(options: argparse.Namespace) -> int:
     if options.command == "run":
         return _run(server, options.timeout)
     if options.command == "start":
+        server.check_stopped()
+        if options.model:
+            _archive(options.model, options.output)
         server.start(options.timeout)
         print(f"{server.describe()}\nserving on {server.address('inference')}; the keys are in key_file.json")
     elif options.command == "stop":

@@ -197,13 +197,21 @@ def _from_form(row: Mapping[str, Any], headers: Mapping[str, str]) -> Request:
     """Every field that is no option is an image, named by its field."""
     images = {name: value for name, value in row.items() if name not in _OPTIONS}
     if not images:
-        raise RequestError(400, "no_image", "the request holds no image; send it as the body or as a field of a form")
+        hint = "; JSON needs Content-Type: application/json" if _is_typed_form(headers) else ""
+        raise RequestError(
+            400, "no_image", f"the request holds no image; send it as the body or as a field of a form{hint}"
+        )
     _check_count(len(images))  # first, since a form may have a million
     _check_all_parts_arrived(row, headers)
     _check_meant_as_images(images)
     options = Options.parse({name: _text(name, row[name]) for name in _OPTIONS if name in row})
     items = tuple(_image(value, name) for name, value in images.items())
     return Request(items, options, "object" if len(items) == 1 else "list")
+
+
+def _is_typed_form(headers: Mapping[str, str]) -> bool:
+    """As `curl -d` announces whatever it sends; of JSON that holds no equals sign, TorchServe makes no field at all."""
+    return headers.get("content-type", "").lower().startswith("application/x-www-form-urlencoded")
 
 
 def _check_meant_as_images(fields: Mapping[str, Any]) -> None:

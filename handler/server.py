@@ -63,6 +63,15 @@ class Server:
         self.temporary = _private_directory(self.directory)
         self._old_log_bytes = 0
 
+    def check_stopped(self) -> None:
+        """Makes sure that the server does not run.
+
+        Raises:
+            ServingError: it does.
+        """
+        if self.process():
+            raise ServingError("the server runs already; `make stop` stops it")
+
     def start(self, timeout_s: float = 120.0) -> None:
         """Starts the server and returns when every worker answers.
 
@@ -71,8 +80,7 @@ class Server:
                 is not ready in time; it is stopped then.
         """
         with self._alone():
-            if self.process():
-                raise ServingError("the server runs already; `make stop` stops it")
+            self.check_stopped()
             archive = self._path("model_store", "model_store") / self.settings.get("load_models", "")
             if not archive.is_file():
                 raise ServingError(f"{archive} is missing; build it with `make archive`")

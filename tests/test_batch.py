@@ -340,3 +340,48 @@ def test_a_run_is_told_to_end_while_a_store_does_not_answer(tmp_path: Path) -> N
                 started.kill()
     assert started.returncode == 130
     assert "batch: interrupted" in told
+
+
+def test_an_interrupt_that_python_drops_ends_the_run_all_the_same() -> None:
+    """As one does that is raised inside a destructor; and a second one need not wait."""
+    code = (
+        "import os, signal, sys, time\n"
+        "import batch.__main__ as job\n"
+        "class Drops:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
+        "def run(*_):\n"
+        "    Drops()\n"
+        "    print('goes on', flush=True)\n"
+        "    time.sleep(60)\n"
+        "job._run, job._ENDED_S, job._IMPATIENT_S = run, *map(float, sys.argv[1:])\n"
+        "sys.exit(job.main(['photos', 'out']))\n"
+    )
+    for limits, again in ((("1", "60"), False), (("60", "0"), True)):
+        call = [sys.executable, "-c", code, *limits]
+        with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+            try:
+                assert started.stdout is not None
+                assert started.stdout.readline() == "goes on\n"
+                if again:
+                    time.sleep(1)
+                    started.send_signal(signal.SIGINT)
+                _, told = started.communicate(timeout=30)
+            finally:
+                started.kill()
+        assert started.returncode == 130
+        assert "batch: interrupted, and ended without tidying up; what is done stays done" in told
+
+
+def test_an_interrupt_inside_of_an_import_is_one() -> None:
+    """A library in C makes an ImportError of it."""
+    code = (
+        "import os, signal, sys\n"
+        "import batch.__main__ as job\n"
+        "def run(*_):\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except KeyboardInterrupt as interrupt: raise ImportError('initialization failed') from interrupt\n"
+        "job._run = run\n"
+        "sys.exit(job.main(['photos', 'out']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "\nbatch: interrupted\n")

@@ -194,6 +194,17 @@ def test_what_a_detector_would_do_does_not_matter_where_each_image_is_a_face(
     assert "Nothing to do" in said[-1]
 
 
+def test_a_run_without_its_manifest_is_none(request_: Request, engine: Engine, said: list[str]) -> None:
+    """As one is that woke up after its successor had finished."""
+    run_batch(request_, said.append)
+    output = Output(request_.out)
+    output.write("_run/run.json", json.dumps(output.summary()["run"]))
+    run_batch(request_, said.append)
+    assert "Nothing to do" in said[-1]
+    assert output.finished()
+    assert not (Path(request_.out) / "_run").exists()
+
+
 def test_a_call_that_is_refused_leaves_no_directory_behind(request_: Request, said: list[str]) -> None:
     with pytest.raises(RequestError, match=r"gone\.pt"):
         run_batch(replace(request_, model="gone.pt"), said.append)
@@ -487,11 +498,11 @@ def test_an_overwrite_that_was_killed_while_it_deleted_leaves_no_run(
     interrupt(request_, engine, said, after=1)
     deleted: list[str] = []
 
-    def killed(_: Any, info: Any) -> None:
+    def killed(_: Output, info: Any) -> None:
         deleted.append(info.base_name)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("batch.output._delete", killed)
+    monkeypatch.setattr(Output, "remove", killed)
     with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
         run_batch(replace(request_, mode="overwrite"), said.append)
     assert deleted == ["run.json"]

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -102,7 +103,7 @@ def test_a_missing_model(run, folder):
     done = run("--model", folder / "none.pt", folder / "hopper.jpg")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
-    assert line.endswith("none.pt: No such file or directory; train one with `make train`")
+    assert line.endswith("none.pt: No such file or directory; give the path of one, or train one with `make train`")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
@@ -269,3 +270,12 @@ def test_draw_where_nothing_can_be_written(call, folder):
     code, out, err = call("--draw", folder / "drawn", folder / "astronaut.png", folder / "blank.png")
     assert (code, len(out), len(err)) == (1, 3, 1)
     assert "no annotated copy: " in err[0]
+
+
+def test_wrong_places_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        main(["photo.jpg", "--draw", str(tmp_path / "file")])
+    assert f"--draw: {tmp_path / 'file'} is a file; give a directory" in capsys.readouterr().err
+    assert main(["https://example.org/photo.jpg"]) == 1
+    assert "no photo is fetched from an address; download it first" in capsys.readouterr().err

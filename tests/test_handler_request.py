@@ -216,3 +216,10 @@ def test_the_pixels_of_one_image_are_left_to_the_predictor(encode: Any) -> None:
     """Which tells its size as well."""
     too_large = encode(Image.new("1", (7200, 7200)), "PNG")
     assert len(parse_request({"a": too_large}, {}).items) == 1
+
+
+def test_json_of_which_torchserve_made_no_field_is_told_its_type() -> None:
+    with pytest.raises(RequestError, match=r"holds no image.*; JSON needs Content-Type: application/json"):
+        parse_request({}, {"content-type": "application/x-www-form-urlencoded"})
+    with pytest.raises(RequestError, match=r"as a field of a form$"):
+        parse_request({}, {"content-type": "multipart/form-data; boundary=x"})

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from agegender import Model, ModelLoadError, ModelSpec
-from agegender.spec import FORMAT_VERSION, SPEC_FILE
+from agegender.spec import FORMAT_VERSION, SPEC_FILE, interval_name
 
 SPEC = ModelSpec(
     format_version=FORMAT_VERSION,
@@ -108,6 +108,12 @@ def test_the_description_survives_the_artifact(save):
     assert len(model.sha256) == 64
 
 
+def test_the_coverage_is_told_as_the_description_has_it():
+    spec = dataclasses.replace(SPEC, coverage=0.8)
+    assert spec.identity("f" * 64) == {"name": "brightness", "version": "1.2.3", "sha256": "f" * 64, "coverage": 0.8}
+    assert [interval_name(each) for each in (0.8, 0.975, None)] == ["80% interval", "97.5% interval", "interval"]
+
+
 def test_fields_of_a_later_minor_version_are_ignored():
     assert ModelSpec.from_json(json.dumps({**json.loads(SPEC_TEXT), "new": 1})) == SPEC
 
@@ -162,7 +168,7 @@ def test_a_description_with_a_wrong_value(name, value):
 
 def test_a_missing_file(tmp_path):
     message = refused(tmp_path / "none.pt")
-    assert "none.pt: No such file or directory; train one with `make train`" in message
+    assert "none.pt: No such file or directory; give the path of one, or train one with `make train`" in message
 
 
 def test_a_directory(tmp_path):
