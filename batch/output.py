@@ -337,6 +337,9 @@ class Output:
         with self._local_lock() if self.is_local else self._lease() as self.check_held:
             try:
                 yield
+            except OSError:
+                self.check_held()  # a successor that tidied up may be the reason
+                raise
             finally:
                 self.check_held = _free
                 self.drop_empty_run()

@@ -151,6 +151,15 @@ def test_a_run_that_was_taken_for_dead_changes_nothing(
     assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_what_a_successor_took_away_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("batch.lease._BEAT_S", BEAT_S)
+    out = Output(str(tmp_path))
+    out.is_local = False
+    with pytest.raises(JobError, match="took over"), out.locked():  # noqa: PT012
+        next(tmp_path.iterdir()).unlink()
+        out.filesystem.delete_file(out.path("gone"))
+
+
 @pytest.mark.parametrize("held", [1, 2, 3])
 def test_an_output_that_is_lost_while_it_is_cleared_keeps_the_rest(held: int, tmp_path: Path) -> None:
     out = Output(str(tmp_path))
