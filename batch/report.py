@@ -38,7 +38,7 @@ table { border-collapse: collapse; width: 100% }
 td, th { text-align: left; padding: .2rem .6rem .2rem 0; vertical-align: top } th { font-weight: normal; color: #888 }
 td.n { text-align: right; white-space: nowrap } .bar { background: #4a7db5; height: .8rem; min-width: 1px }
 td.p { word-break: break-all; font-size: .85rem } .dim { color: #888 } img { border-radius: 4px; display: block }
-@media (max-width: 40rem) { table { display: block; overflow-x: auto } td.p { min-width: 11rem } }
+@media (max-width: 40rem) { table { display: block; overflow-x: auto } td.p, td.p + td { min-width: 11rem } }
 """
 
 
