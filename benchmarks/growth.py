@@ -203,7 +203,7 @@ def _aside(function: Any, count: int) -> dict[str, float]:
 def _peak_mb() -> float:
     """The most memory since `_forget_peak`; `ru_maxrss` may be that of whoever started this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
 
 
 def _forget_peak() -> float:

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--model",
         type=Path,
-        help="archive: the artifact (default: model_store/agegender.pt); start: builds its archive first",
+        help="archive: the artifact (default: model_store/agegender.pt); start, run: build its archive first",
     )
     parser.add_argument("--output", type=Path, help="archive: the file to write (default: model_store/agegender.mar)")
     options = parser.parse_args(arguments)
@@ -82,12 +82,12 @@ def _archive(model: Path | None, target: Path | None) -> int:
 def _serve(options: argparse.Namespace) -> int:
     _heed_signals()
     server = Server(options.config)
+    if options.command in ("run", "start") and options.model:
+        server.check_stopped()  # or a restart would serve what this call has built
+        _archive(options.model, options.output)
     if options.command == "run":
         return _run(server, options.timeout)
     if options.command == "start":
-        server.check_stopped()
-        if options.model:
-            _archive(options.model, options.output)
         server.start(options.timeout)
         print(f"{server.describe()}\nserving on {server.address('inference')}; the keys are in key_file.json")
     elif options.command == "stop":

@@ -1,5 +1,6 @@
 """The directory of a private Ray."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -9,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
-from batch.engine import _scratch, running_engine
-from batch.errors import JobError
+from batch.engine import _check_gpus, _private_cluster, _scratch, _start, running_engine, worker_count
+from batch.errors import JobError, RequestError
 from batch.request import Resources
 
 
@@ -66,3 +68,49 @@ def test_a_directory_of_too_long_a_name_for_sockets_is_told_of(tmp_path: Path, m
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     with pytest.raises(JobError, match="set TMPDIR to a shorter one"), running_engine(Resources()):
         pass
+
+
+@pytest.mark.parametrize(("cpus", "workers"), [(8, 5), (4, 1), (2, 1)])
+def test_three_processors_of_a_cluster_are_left_to_what_is_no_work_on_images(
+    cpus: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": cpus})
+    assert worker_count(Resources("auto")) == workers
+    assert worker_count(Resources("auto", workers=7)) == 7
+    assert _private_cluster(Resources(workers=2), "folder")["num_cpus"] == 5
+
+
+@pytest.mark.parametrize(("failures", "told"), [(2, False), (3, True)])
+def test_a_start_that_fails_is_tried_a_third_time(
+    failures: int, told: bool, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[str] = []
+
+    def init(**_: object) -> None:
+        starts.append("start")
+        if len(starts) <= failures:
+            raise RuntimeError("busy")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(JobError, match=r"Ray did not start: .*busy") if told else contextlib.nullcontext():
+        _start(Resources(), str(temporary))
+    assert len(starts) == 3
+
+
+def test_as_many_gpus_as_there_are_will_do_and_more_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0})
+    _check_gpus(Resources(device="cuda", gpus=2))
+    with pytest.raises(RequestError, match="--gpus 3 was asked for, but Ray finds 2"):
+        _check_gpus(Resources(device="cuda", gpus=3))
+    _check_gpus(Resources(device="cpu", gpus=3))
+
+
+def test_each_private_ray_has_a_token_of_its_own_and_one_that_is_given_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = []
+    for given in ({}, {}, {"RAY_AUTH_TOKEN": "theirs"}):
+        monkeypatch.setattr(os, "environ", given)
+        _private_cluster(Resources(workers=1), "folder")
+        tokens.append(given["RAY_AUTH_TOKEN"])
+    assert min(map(len, tokens[:2])) >= 32
+    assert tokens[0] != tokens[1]
+    assert tokens[2] == "theirs"

@@ -1,5 +1,7 @@
 """The benchmarks: their figures on made-up answers and times, and the page of scripts that end well and badly."""
 
+import contextlib
+import dataclasses
 import importlib
 import itertools
 import json
@@ -11,18 +13,33 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import benchmarks.__main__ as bench
 from agegender import Item
-from benchmarks import accuracy, batch, chain, contestants, detectors, growth, peer, plots, serve
+from benchmarks import (
+    accuracy,
+    app,
+    batch,
+    chain,
+    contestants,
+    detectors,
+    engines,
+    growth,
+    peer,
+    plots,
+    serve,
+    training,
+)
 from benchmarks.accuracy import Answers
 from benchmarks.environment import make_environment
 from benchmarks.images import Images
-from training.data import Labels, Sample
+from training.data import MAX_AGE_YEARS, Labels, Sample
 
 FOUND = {"age": 30, "gender": "female"}
 
@@ -170,6 +187,9 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
 
 @pytest.fixture
 def clock() -> Clock:
@@ -244,6 +264,12 @@ def test_targets_are_of_the_median_of_the_rounds(tmp_path: Path) -> None:
     assert "Not measured, ray: no such recipe" in report
 
 
+def test_a_target_that_is_met_exactly_is_reached() -> None:
+    ours = rate("ours", 90, first_result_s=batch.STARTUP_TARGET_S)
+    lines = batch._target_lines({"whole": Images([], "none")}, [rate("bare", 100), ours, rate("peer", 60)])
+    assert [line.rpartition(": ")[2] for line in lines if line.startswith("- ")] == ["reached"] * 3
+
+
 def test_a_comparison_without_its_measure_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "_contestant", lambda *_: ["/nonexistent/python"])
     monkeypatch.setattr(batch, "make_images", lambda *_: Images([], "none"))
@@ -253,6 +279,16 @@ def test_a_comparison_without_its_measure_has_failed(tmp_path: Path, monkeypatch
     with pytest.raises(SystemExit, match=r"bare, .* failed: .*No such file or directory: '/nonexistent/python'"):
         batch.main()
     assert "Not measured, bare: " in page.read_text()
+
+
+def test_processes_of_a_pool_share_the_images_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[list[str]] = []
+    pool = MagicMock()
+    pool.__enter__().starmap = lambda _, tasks, chunksize: [shares.append(share) or (1, 1.0, 1.0) for _, share in tasks]
+    monkeypatch.setattr(contestants.multiprocessing, "get_context", lambda _: MagicMock(Pool=lambda *_: pool))
+    (tmp_path / "list.txt").write_text("a\nb\nc\nd\ne\n")
+    contestants._pool(Namespace(list=tmp_path / "list.txt", workers=2, contestant="bare"))
+    assert shares == [["a", "c", "e"], ["b", "d"]]
 
 
 def test_processes_of_a_pool_add_up() -> None:
@@ -289,6 +325,14 @@ def test_the_chain_is_timed_by_stage_and_for_one_image_alone(clock: Clock, monke
     assert row == "| whole | 2.0 | 1.00 (10%) | 0.00 (0%) | 0.00 (0%) | 8.00 (80%) | 1.00 (10%) | 10.00 | 100 | 30.00 |"
 
 
+def test_figures_of_the_chain_are_medians_over_the_rounds() -> None:
+    one = chain.Measurement("whole", 0, 10, 10, dict.fromkeys(chain.STAGES, 1.0), 1.0, 1.0)
+    four = dataclasses.replace(one, stages_ms=dict.fromkeys(chain.STAGES, 4.0), rest_ms=4.0, alone_ms=7.0)
+    nine = dataclasses.replace(one, stages_ms=dict.fromkeys(chain.STAGES, 9.0), rest_ms=9.0, alone_ms=9.0)
+    row = list(chain._report([nine, one, four]))[-1]
+    assert row == f"| whole | 1.0 | {' | '.join(['4.00 (20%)'] * 5)} | 20.00 | 50 | 7.00 |"
+
+
 def test_a_server_is_measured_by_what_it_answered(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     spent = {"server": 0.0}
     monkeypatch.setattr(serve, "time", SimpleNamespace(monotonic=clock, process_time=lambda: clock.now / 10))
@@ -304,6 +348,50 @@ def test_a_server_is_measured_by_what_it_answered(clock: Clock, monkeypatch: pyt
     assert (one.p50_ms, one.p95_ms, one.p99_ms) == pytest.approx((51, 96, 100))
     assert (one.requests_per_s, one.cpu_ms, one.errors) == (pytest.approx(101 / 20), pytest.approx(50), 3)
     assert one.client_cpu_ms == pytest.approx(2000 / 101)
+
+
+def test_a_call_that_fails_is_an_error_and_no_latency(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = itertools.cycle((True, False, False, True))
+
+    def call() -> bool:
+        clock.now += 0.25
+        return next(answers)
+
+    monkeypatch.setattr(serve, "time", SimpleNamespace(monotonic=clock))
+    caller: Any = call
+    assert serve._repeat(caller, 2.0) == ([0.25] * 4, 4)
+
+
+@pytest.mark.parametrize(("times", "gaps"), [("even", 1), ("Poisson", 39)])
+def test_paced_requests_are_due_evenly_or_at_random_whatever_the_answers_do(
+    times: str, gaps: int, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    due: list[float] = []
+
+    class Pool(contextlib.nullcontext[None]):
+        def __enter__(self) -> Any:
+            return self
+
+        def map(self, send: Any, moments: list[float]) -> list[float | None]:
+            due.extend(moments)
+            return [send(moment) for moment in moments]
+
+    def call() -> bool:
+        clock.now += 1
+        return next(answers)
+
+    answers = itertools.cycle((True, False, False, False))
+    monkeypatch.setattr(serve, "time", SimpleNamespace(monotonic=clock, sleep=clock.sleep))
+    monkeypatch.setattr(serve, "ThreadPoolExecutor", lambda _: Pool())
+    monkeypatch.setattr(serve, "_Caller", lambda *_: call)
+    monkeypatch.setattr(serve, "_measure", lambda *given: given[-1]())
+    contestant: Any = SimpleNamespace(wrap=bytes)
+    outcome: Any = serve._paced(contestant, "chip", b"", times, 10.0, 4.0)
+    latencies, errors = outcome
+    assert (len(latencies), errors) == (10, 30)
+    assert latencies[-1] > 20, "the server falls behind, which counts"
+    assert len(set(np.diff(due).round(6))) == gaps
+    assert np.diff(due).mean() == pytest.approx(0.1, rel=0.5)
 
 
 def test_servers_are_compared_with_the_bare_predictor() -> None:
@@ -342,6 +430,13 @@ def test_an_interrupted_run_counts_what_it_did_after_its_first_part(
     assert run == growth.Measurement(100_000, 7000, 4 * 1000 / 20, 5, 400, 900)
 
 
+def test_the_peak_of_memory_is_in_the_unit_of_the_other_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Linux, kB are KiB; MB are those of `_Memory`, a million bytes."""
+    status = SimpleNamespace(read_text=lambda: "Name:\tpython\nVmHWM:\t 1000000 kB\nVmRSS:\t 5 kB\n")
+    monkeypatch.setattr(growth, "Path", lambda _: status)
+    assert growth._peak_mb() == 1024
+
+
 def test_growth_is_told_from_least_to_most_and_extrapolated() -> None:
     runs = [growth.Measurement(1000, 1000, each, 9, 400, 900) for each in (100, 150, 120)]
     assert growth._table(runs)[-1] == "images/s from least to most: 100.0 to 150.0, 50% apart"
@@ -375,6 +470,85 @@ def test_the_peer_answers_of_the_largest_face(tmp_path: Path, monkeypatch: pytes
 def test_detectors_are_compared_where_there_is_no_face() -> None:
     text = detectors._compared([np.zeros((64, 64, 3), np.uint8)])
     assert "the landmarks of 0 faces differ by up to 0.0000 px; 0 images with another number of faces" in text
+
+
+def test_the_ratio_of_detectors_says_how_often_ours_goes_into_the_time_of_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(detectors, "FaceDetector", lambda: 0.01)
+    monkeypatch.setattr(detectors, "_OpenCV", lambda: 0.04)
+    monkeypatch.setattr(detectors, "_timed", lambda seconds, _: (seconds, []))
+    text = detectors._compared([np.zeros((64, 64, 3), np.uint8)])
+    assert text.startswith("10.0 ms an image, OpenCV 40.0, ratio 4.00;")
+
+
+def test_an_epoch_is_compared_with_the_networks_own_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    around = ("load_faces", "create_network", "label_targets", "AugmentedChips", "epoch_batches", "initial_state")
+    for name in (*around, "keep_freed_memory"):
+        monkeypatch.setattr(training, name, MagicMock())
+    monkeypatch.setattr(training.psutil, "cpu_percent", lambda: 95.0)
+    monkeypatch.setattr(training, "_seconds", lambda work, *_: 6.0 if work is training.train_one_epoch else 2.0)
+    training._measure(MagicMock(backbone="small", size=128, batch_size=64, threads=torch.get_num_threads()))
+    told = "epoch 6.0 s, forward and backward 2.0 s, ratio 3.00; cores busy 95%"
+    assert told in capsys.readouterr().out
+
+
+def test_engines_compare_ours_with_what_torch_takes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    from agegender import model
+
+    class Model:
+        spec = SimpleNamespace(chip_size_px=8)
+
+        def __init__(self, *_: object, **__: object) -> None:
+            self.seconds = 4.0 if model._fastest_engine is contextlib.nullcontext else 1.0
+
+    monkeypatch.setattr(engines, "Model", Model)
+    monkeypatch.setattr(engines, "_seconds", lambda own, _: own.seconds)
+    assert engines._rates(Path("m.pt")) == (engines.DEFAULT_BATCH_SIZE, engines.DEFAULT_BATCH_SIZE / 4)
+
+
+def test_the_first_upload_is_not_among_the_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = (9.0, 1.0, 2.0, 4.0)
+    monkeypatch.setattr(app, "_photographs", lambda count: [b""] * count)
+    monkeypatch.setattr(app, "_upload_s", lambda _, number, photo: seconds[number])
+    page: Any = None
+    told = {each.what: each.seconds for each in app._measure_uploads(page, 3)}
+    assert told == {"first": 9, "median": 2, "slowest": 4}
+
+
+def test_the_guess_is_the_median_age_and_the_commoner_gender_of_the_training_split(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    train = samples([20, 30, 70])
+    man = dataclasses.replace(train[0], labels=Labels(20, 0, None))
+    test = samples([40, 50])
+    sides = {each.digest: "train" for each in train} | {each.digest: "test" for each in test}
+    splits = SimpleNamespace(sides=sides, of=lambda sample: sides[sample.digest])
+    monkeypatch.setattr(accuracy, "read_artifact", lambda _: None)
+    monkeypatch.setattr(accuracy, "read_splits", lambda _: splits)
+    monkeypatch.setattr(accuracy, "scan", lambda _: ([man, *train[1:], *test], None))
+    asked, guesses = accuracy._pictures(Namespace(model=Path("m.pt"), data_dir=Path("d"), limit=None))
+    assert asked == test
+    assert {name: guess.age.tolist() for name, guess in guesses.items()} == {
+        "guess: median age": [30, 30],
+        "guess: mean age": [40, 40],
+    }
+    assert {gender for guess in guesses.values() for gender in guess.gender} == {accuracy.GENDERS["female"]}
+
+
+def test_groups_hold_the_ages_at_both_of_their_ends() -> None:
+    test = samples([0, 12, 13, 20, 21, 60, 61, MAX_AGE_YEARS])
+    right = Answers.of([FOUND] * len(test))
+    counts = {row.group: row.pictures for row in accuracy._compare(test, {"ours": right}, right)}
+    assert counts == {"all ages": 8, "13 and above": 6, "21-60": 2}
+
+
+def test_an_interval_holds_95_in_100_of_the_resamples_alone() -> None:
+    values = np.arange(41.0)
+    figure = accuracy._figure(values, np.vstack([np.ones(41), np.eye(41)]))
+    assert (figure.value, figure.low, figure.high) == (20, 1, 39)
 
 
 def test_an_answer_counts_where_there_is_one_and_the_guess_elsewhere() -> None:

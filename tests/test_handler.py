@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from ts.metrics.caching_metric import CachingMetric as TorchServesMetric
 
-from agegender import Predictor
+from agegender import FacePrediction, ImageResult, Predictor
 from agegender.records import from_json
 from handler import BUSY_LOCK, DRAINING
 from handler.archive import build_archive
@@ -275,6 +275,19 @@ def test_counts_stages_answers_and_faces(
     assert sum(value for value, _ in metrics["agegender_faces"].values) == 2
 
 
+def test_durations_are_told_to_the_microsecond_and_ages_by_decade() -> None:
+    cache = MetricsCache()
+    metrics = Metrics(cache)
+    ages = [0.4, 9.9, 34.4, 100.2]
+    faces = [FacePrediction(0, (0.0, 0.0, 9.0, 9.0), 0.9, age, age, age, "female", 0.9) for age in ages]
+    metrics.time("detect", 0.001234)
+    metrics.count_faces([ImageResult("a", "ok", None, 9, 9, tuple(faces))])
+    metrics.emit()
+    assert cache.metrics["agegender_detect_seconds"].values == [(0.001234, ["agegender"])]
+    decades = {labels[-1]: count for count, labels in cache.metrics["agegender_faces"].values}
+    assert decades == {"0": 2, "30": 1, "100": 1}
+
+
 def test_the_metrics_of_a_batch_are_written_at_once(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ts.metrics")
     writes: list[str] = []
@@ -306,6 +319,28 @@ def test_the_archive_is_the_same_from_build_to_build(archive: Path, tmp_path: Pa
     again = tmp_path / "agegender.mar"
     build_archive(model_path, again)
     assert again.read_bytes() == archive.read_bytes()
+
+
+def test_entries_of_the_archive_are_of_a_fixed_time_and_readable(archive: Path) -> None:
+    """Else two builds differ with the clock, and what is unpacked may be closed to the server's own user."""
+    entries = zipfile.ZipFile(archive).infolist()
+    assert {entry.date_time for entry in entries} == {(1980, 1, 1, 0, 0, 0)}
+    assert {entry.external_attr >> 16 for entry in entries} == {0o100644}
+
+
+def test_a_build_that_fails_leaves_the_old_archive_whole(
+    archive: Path, tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(entries: zipfile.ZipFile, name: str, data: bytes) -> None:
+        entries.writestr(name, data[:100])
+        raise OSError("No space left on device")
+
+    target = tmp_path / "agegender.mar"
+    target.write_bytes(archive.read_bytes())
+    monkeypatch.setattr("handler.archive._write", full)
+    with pytest.raises(OSError, match="No space left"):
+        build_archive(model_path, target)
+    assert target.read_bytes() == archive.read_bytes()
 
 
 def test_the_archive_needs_nothing_of_the_repository_nor_the_package_of_the_detector(unpacked: Path) -> None:

