@@ -72,6 +72,15 @@ _PNG_TEXT: Final = re.compile(_PNG_ANY_TEXT.pattern + rb"(?!XML:com\.adobe\.xmp|
 # Of a tile in a TIFF, where the image itself may hold fewer.
 _TILE_PIXELS: Final = 1 << 24
 
+# What is most often taken for one of `FORMATS`, by how it begins; files of the family of HEIC and AVIF by their brands,
+# of which the first may be one that both share (ISO/IEC 23008-12).
+_OTHER_KINDS: Final = (
+    (re.compile(rb".{4}ftyp(avi[fs]|m[is][fs]1.{4,32}avi[fs])", re.DOTALL), "an AVIF image"),
+    (re.compile(rb".{4}ftyp(hei[cx]|m[is][fs]1)", re.DOTALL), "a HEIC image"),
+    (re.compile(rb"%PDF"), "a PDF"),
+    (re.compile(rb"(\xef\xbb\xbf)?\s*<(svg|\?xml)"), "an SVG or XML file"),
+)
+
 _SIXTEEN_BIT_MODES: Final = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -249,7 +258,15 @@ def _open(data: bytes) -> tuple[Image.Image, str]:
         if min(source.size) < 1:
             raise ImageDecodeError(f"damaged {name} header: it announces {source.size[0]}x{source.size[1]} pixels")
         return source, name
-    raise NotAnImageError(f"not an image of a known format ({', '.join(FORMATS)}); it begins with {signature[:12]!r}")
+    raise NotAnImageError(f"not an image of a known format ({', '.join(FORMATS)}); {_kind_of(bytes(data[:64]))}")
+
+
+def _kind_of(head: bytes) -> str:
+    """What a file is instead."""
+    for pattern, kind in _OTHER_KINDS:
+        if pattern.match(head):
+            return f"it is {kind}, which is not read: save it as JPEG"
+    return f"it begins with {head[:12]!r}"
 
 
 def _without_texts(data: bytes, error: Exception) -> bytes | None:

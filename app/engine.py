@@ -76,9 +76,10 @@ def _choose_server() -> Engine:
     token = st.text_input("Token", type="password", placeholder="from the key file", key="token")
     key_file = st.text_input(
         "Key file",
-        placeholder=f"{DEFAULT_KEY_FILE}, for a server on this machine",
+        placeholder=str(DEFAULT_KEY_FILE),
         disabled=bool(token),
-        help="TorchServe writes it into the directory that it was started in.",
+        help="TorchServe writes it into the directory that it was started in. For a server on this machine, "
+        f"{DEFAULT_KEY_FILE} in the app's directory is read when nothing is given.",
         key="key_file",
         persist_state="session",
     )

@@ -32,7 +32,7 @@ def cut_row(row: Mapping[str, Any]) -> Image.Image:
         FaceError: the row has no face, or its image is gone, has changed or can no longer be read.
     """
     if row["age"] is None:
-        raise FaceError("no face")
+        raise FaceError(row["error"] or "no face")
     try:
         box = (row["x1"], row["y1"], row["x2"], row["y2"])
         return _cut(row["path"], box, (row["width"], row["height"]), _changed(row["path"]))

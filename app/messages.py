@@ -9,11 +9,20 @@ __all__ = ["literal", "plain", "sentence", "show_error"]
 
 _JOINER: Final = "\u200d"  # of emoji that are made of several
 _MARKDOWN: Final = frozenset(r"\`*_{}[]<>()#+-.!|$:~&")
+# Of the web and of mail, without the marks that end a sentence: GitHub's Markdown finds them however they are escaped.
+_ADDRESS: Final = re.compile(
+    r"""((?:https?://|www\.)[-.\w]\S*?(?=[.,;:!?)\]'"]*(?:\s|$))|[-.\w+]+@[-\w]+(?:\.[-\w]+)+)""", re.IGNORECASE
+)
 
 
 def plain(text: str) -> str:
-    """Text of elsewhere, which is no Markdown and may hold what cannot be printed."""
-    return "".join(f"\\{each}" if each in _MARKDOWN else each for each in text if each.isprintable())
+    """Text of elsewhere, which is no Markdown and may hold what cannot be printed; addresses in it are no links."""
+    parts = _ADDRESS.split("".join(each for each in text if each.isprintable()))
+    return "".join(literal(part) if number % 2 else _escaped(part) for number, part in enumerate(parts))
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"\\{each}" if each in _MARKDOWN else each for each in text)
 
 
 def literal(name: str) -> str:

@@ -1,15 +1,17 @@
 """One photograph with its faces: the annotated picture, and a card for each face."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
 import streamlit as st
 from PIL import Image
 
 from agegender import FacePrediction, ImageResult, decode_image
 from agegender.detector import smallest_face_px
 from agegender.draw import annotate, cut_face
+from agegender.image import Pixels
 from agegender.spec import interval_name
 from app.charts import age_data, age_scale
 from app.hints import hints_of, is_undecided, sharpness
@@ -58,16 +60,27 @@ class View:
 
     @classmethod
     def of(cls, data: bytes, result: ImageResult) -> "View":
-        """Draws on the photograph at its own resolution, then shrinks it to what a page can show."""
+        """Shrinks the photograph to what a page can show, and draws on that; cuts the faces from it as it is."""
         if result.failed:
             return cls(result)
         pixels = decode_image(data)
-        photo = annotate(pixels, result)
         faces = tuple(_portrait(face, cut_face(pixels, face.box)) for face in result.faces)
-        scale = min(1.0, _SHOWN_WIDTH_PX / photo.width, _SHOWN_HEIGHT_PX / photo.height)
-        size = (max(1, round(photo.width * scale)), max(1, round(photo.height * scale)))
-        photo.thumbnail(_PHOTO_PX)
-        return cls(result, _jpeg(photo), size, faces)
+        height, width = pixels.shape[:2]
+        scale = min(1.0, _SHOWN_WIDTH_PX / width, _SHOWN_HEIGHT_PX / height)
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        return cls(result, _jpeg(_annotated(pixels, result)), size, faces)
+
+
+def _annotated(pixels: Pixels, result: ImageResult) -> Image.Image:
+    """The shrunk photograph with its boxes; captions that were drawn before would shrink with it."""
+    photo = Image.fromarray(pixels)
+    photo.thumbnail(_PHOTO_PX)
+    x, y = photo.width / pixels.shape[1], photo.height / pixels.shape[0]
+    faces = []
+    for face in result.faces:
+        x1, y1, x2, y2 = face.box
+        faces.append(replace(face, box=(x1 * x, y1 * y, x2 * x, y2 * y)))
+    return annotate(np.asarray(photo), replace(result, faces=tuple(faces)))
 
 
 def _portrait(face: FacePrediction, picture: Image.Image) -> Portrait:
@@ -116,12 +129,15 @@ def _show_photo(view: View) -> None:
 
 
 def _summary(result: ImageResult) -> str:
-    size = f"{result.width} × {result.height} px"
+    width, height = result.width or 0, result.height or 0
+    size = f"{width} × {height} px"
     if not result.faces:
-        least = smallest_face_px(result.width or 0, result.height or 0)
+        least = smallest_face_px(width, height)
+        if min(width, height) < least:
+            return f"{size} · no face found; the picture is too small for one, which must be about {least} px wide"
         return (
-            f"{size} · no face found; in a picture of this size, faces from about {least} px are, if they look towards "
-            "the camera"
+            f"{size} · no face found; in a picture of this size, faces from about {least} px are, if they are upright "
+            "and look towards the camera"
         )
     return f"{size} · {len(result.faces)} {'face' if len(result.faces) == 1 else 'faces'}"
 

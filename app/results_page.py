@@ -1,6 +1,7 @@
 """The page `Batch results`: what an output of the batch job holds, from totals down to single faces."""
 
 import io
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -70,7 +71,7 @@ def show(out: str) -> None:
         key="out",
         persist_state="session",
     )
-    if not name:
+    if not (name := os.path.expanduser((name or "").strip())):  # as a shell, and a copied line, have it
         return
     try:
         fingerprint = Scores.fingerprint(name)
@@ -150,21 +151,21 @@ def _show_charts(scores: Scores, interval: str) -> None:
 
 
 def _show_ages(scores: Scores) -> None:
-    with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
-        st.markdown("**Age by gender**", width="content")
-        years = st.segmented_control(
-            "Bin width",
-            [1, 2, 5, 10],
-            default=5,
-            required=True,
-            format_func=lambda width: f"{width} y",
-            label_visibility="collapsed",
-            key="bin_years",
-            persist_state="session",
-        )
+    st.markdown("**Age by gender**")
+    chart = st.container()  # above the choice, since Streamlit lays a chart's own buttons over what is above it
+    years = st.segmented_control(
+        "Bin width",
+        [1, 2, 5, 10],
+        default=5,
+        required=True,
+        format_func=lambda width: f"{width} y",
+        label_visibility="collapsed",
+        key="bin_years",
+        persist_state="session",
+    )
     edges = np.arange(0, AGE_END_YEARS + years, years)
     frames = [_bins(scores.ages(gender), edges).assign(gender=gender) for gender in scores.genders]
-    st.altair_chart(histogram(pd.concat(frames), title="age, years", split="gender"))
+    chart.altair_chart(histogram(pd.concat(frames), title="age, years", split="gender"))
 
 
 def _bins(values: "np.typing.NDArray[np.float32]", edges: "np.typing.NDArray[np.int64]") -> pd.DataFrame:

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+from pyarrow import fs
 
 from agegender.records import arrow_schema
 from batch.errors import OutputError, first_line
@@ -61,8 +62,9 @@ class Scores:
 
         Raises:
             OutputError: there is no Parquet file, or one that the batch job did not write.
+            ValueError: the name is none.
         """
-        output = Output(normalize(name))
+        output = _output(name)
         self._dataset = _open(output)
         self._narrow = _read(output, self._dataset, _NARROW)
 
@@ -71,9 +73,10 @@ class Scores:
         """Changes when the files of a directory do.
 
         Raises:
-            OutputError: there is no such directory.
+            OutputError: there is no such directory, or it cannot be reached.
+            ValueError: the name is none.
         """
-        return tuple((info.path, info.mtime_ns, info.size) for info in _files(Output(normalize(name))))
+        return tuple((info.path, info.mtime_ns, info.size) for info in _files(_output(name)))
 
     def __len__(self) -> int:
         return len(self._narrow)
@@ -181,16 +184,42 @@ def read_summary(name: str) -> dict[str, Any]:
         return {}
 
 
+def _output(name: str) -> Output:
+    name = normalize(name)
+    try:
+        return Output(name)
+    except (OSError, pa.ArrowException) as error:
+        raise OutputError(f"{name} cannot be reached: {first_line(error)}") from error
+
+
 def _files(output: Output) -> list[Any]:
     try:
-        files = [info for info in output.list("") if info.base_name.endswith(".parquet") and info.size]
+        files = [] if _is_file(output) else output.list("")
+        files = [info for info in files if info.base_name.endswith(".parquet") and info.size]
+        lack = None if files else _lack(output)
     except (OSError, ValueError) as error:
-        raise OutputError(f"{output.name} cannot be read: {error}") from error
-    if not files and output.begun():
-        raise OutputError(f"the run in {output.name} is not finished; its rows appear when it is")
-    if not files:
-        raise OutputError(f"{output.name} holds no Parquet files; give the directory that `make batch` wrote")
+        verb = "read" if output.is_local else "reached"
+        raise OutputError(f"{output.name} cannot be {verb}: {first_line(error)}") from error
+    if lack:
+        raise OutputError(lack)
     return files
+
+
+def _is_file(output: Output) -> bool:
+    """Of a local name; a store lists nothing below a file, and may forbid to ask for more than the list."""
+    return output.is_local and output.filesystem.get_file_info(output.base).is_file
+
+
+def _lack(output: Output) -> str:
+    """Why a directory has no rows."""
+    if output.begun():
+        return f"the run in {output.name} is not finished; its rows appear when it is"
+    here = output.filesystem.get_file_info(output.base)
+    if here.type is fs.FileType.NotFound:
+        return f"{output.name} does not exist; give the directory that `make batch` wrote"
+    if here.is_file:
+        return f"{output.name} is a file; give the directory around it"
+    return f"{output.name} holds no Parquet files; give the directory that `make batch` wrote"
 
 
 def _open(output: Output) -> ds.Dataset:

@@ -14,7 +14,7 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 from agegender import AgeGenderError, Item
 from agegender.records import arrow_table, to_json
 from app.engine import Engine, choose_engine, describe_model
-from app.messages import show_error
+from app.messages import literal, show_error
 from app.photograph import View, show_view
 
 __all__ = ["show"]
@@ -22,6 +22,7 @@ __all__ = ["show"]
 _SAMPLES: Final = Path("examples/photos")
 _UPLOAD, _CAMERA, _SAMPLE = "Upload", "Camera", "Samples"
 _VIEWS_PER_PAGE: Final = 8
+_NAMES: Final = 5
 _FILES, _UPLOADS, _VIEWS = "files", "uploads", "views"
 
 
@@ -89,7 +90,7 @@ def _choose_items() -> list[Item]:
     uploads: list[Item] = st.session_state.get(_UPLOADS, [])
     if uploads and not files:
         st.button(
-            f"Remove {len(uploads)} {'photograph' if len(uploads) == 1 else 'photographs'}",
+            f"Remove {_counted(len(uploads), 'photograph')}",
             icon=":material/delete:",
             on_click=_take_uploads,
         )
@@ -147,11 +148,30 @@ def _key(item: Item, engine: Engine) -> str:
 
 def _show_views(views: Sequence[View], least_probability: float, coverage: float | None) -> None:
     _show_downloads(views)
+    if len(views) > 1:
+        st.caption(_told(views))
     first = 0
     if len(views) > _VIEWS_PER_PAGE:
         first = (st.pagination(-(-len(views) // _VIEWS_PER_PAGE), key="views_page") - 1) * _VIEWS_PER_PAGE
     for number, view in enumerate(views[first : first + _VIEWS_PER_PAGE], first):
         show_view(view, key=str(number), least_probability=least_probability, coverage=coverage)
+
+
+def _told(views: Sequence[View]) -> str:
+    """Totals, and the names of files that failed, which may be shown on a later page."""
+    failed = [view.result.path for view in views if view.result.failed]
+    told = (
+        f"{_counted(len(views) - len(failed), 'photograph')} · {_counted(sum(len(v.portraits) for v in views), 'face')}"
+    )
+    if not failed:
+        return told
+    names = ", ".join(map(literal, failed[:_NAMES]))
+    more = f" and {len(failed) - _NAMES} more" if len(failed) > _NAMES else ""
+    return f"{told} · {_counted(len(failed), 'file')} that cannot be used: {names}{more}"
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def _show_downloads(views: Sequence[View]) -> None:

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image, ImageFilter
 
 from agegender import FacePrediction, ImageResult, Item, Predictor, ServerError, decode_image
-from agegender.draw import cut_face
+from agegender.client import Client
+from agegender.draw import annotate, cut_face
 from agegender.records import arrow_schema, arrow_table
 from batch.errors import OutputError
 from batch.output import Output, Run, now
@@ -28,9 +29,14 @@ pytest.importorskip("streamlit", reason="the app needs Python 3.11 or newer")
 
 from streamlit.testing.v1 import AppTest
 
+from app import engine
+from app.charts import age_data, age_scale, bars, histogram
+from app.engine import Engine, local_predictor
 from app.gallery import FaceError, cut_row
-from app.hints import SMALL_PX, hints_of, is_undecided, sharpness
-from app.messages import literal
+from app.hints import SHARP, SMALL_PX, hints_of, is_undecided, sharpness
+from app.messages import literal, plain
+from app.photograph import View
+from app.results_page import _capped
 from app.scores import INTERVAL_WIDTH, Scores, Selection
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +115,8 @@ class TestTryIt:
         assert not app.error
         assert ages(app) == [f"{face.age:.0f} years" for face in faces]
         captions = texts(app.main.caption)
+        height, width = decode_image(group_jpeg).shape[:2]
+        assert f"{width} × {height} px · 2 faces" in captions
         for face in faces:
             assert f"90% interval: {face.age_low:.0f} to {face.age_high:.0f}" in captions
             assert f"face {face.index + 1}, detector score {face.score:.2f}" in captions
@@ -141,15 +149,38 @@ class TestTryIt:
         assert len(ages(app)) == 2
         assert not app.exception
 
+    def test_files_that_fail_are_told_of_before_their_page(
+        self, start: Start, blank_png: bytes, group_jpeg: bytes
+    ) -> None:
+        blank = [(f"{number}.png", blank_png) for number in range(8)]
+        app = give(start(), *blank, ("group.jpg", group_jpeg), ("notes.txt", b"hello"))
+        assert not app.error
+        assert "9 photographs · 2 faces · 1 file that cannot be used: ` notes.txt `" in texts(app.main.caption), texts(
+            app.main.caption
+        )
+        app = give(start(), *[(f"{number}.txt", b"hello") for number in range(7)])
+        told = ", ".join(f"` {number}.txt `" for number in range(5))
+        assert f"0 photographs · 0 faces · 7 files that cannot be used: {told} and 2 more" in texts(app.main.caption)
+
+    def test_a_heic_is_called_one(self, start: Start) -> None:
+        app = give(start(), ("photo.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"))
+        assert "it is a HEIC image, which is not read: save it as JPEG." in shown(app.error)[0]
+
     def test_too_many_pixels(self, start: Start, encode: Any) -> None:
         app = give(start(), ("bomb.png", encode(Image.new("1", (20_000, 20_000)), "PNG")))
         assert "400.0 megapixels, over the limit of 100" in shown(app.error)[0]
 
     def test_no_face(self, start: Start, blank_png: bytes) -> None:
         app = give(start(), ("blank.png", blank_png))
-        assert any("no face found" in text for text in texts(app.caption))
+        (said,) = (text for text in texts(app.main.caption) if "no face found" in text)
+        assert "if they are upright and look towards the camera" in said
         assert not ages(app)
         assert not app.error
+
+    def test_no_face_fits_into_a_small_picture(self, start: Start, encode: Any) -> None:
+        app = give(start(), ("icon.png", encode(Image.new("RGB", (100, 19)), "PNG")))
+        said = "100 × 19 px · no face found; the picture is too small for one, which must be about 20 px wide"
+        assert said in texts(app.main.caption)
 
     def test_a_later_upload_works_like_the_first_and_nothing_else_is_kept(
         self, start: Start, group_jpeg: bytes, grace_hopper: bytes
@@ -188,14 +219,38 @@ class TestTryIt:
     def test_many_uploads_are_paged(self, start: Start, blank_png: bytes, group_jpeg: bytes) -> None:
         app = give(start(), *[(f"{number}.png", blank_png) for number in range(9)], ("last.jpg", group_jpeg))
         assert not ages(app)
+        assert app.pagination[0].num_pages == 2
         app.pagination[0].set_value(2).run()
         assert len(ages(app)) == 2
+
+    def test_of_many_faces_the_first_cards_are_shown_until_all_are_asked_for(self, encode: Any) -> None:
+        def page(png: bytes) -> None:
+            from agegender import FacePrediction, ImageResult
+            from app.photograph import Portrait, View, show_view
+
+            faces = tuple(
+                FacePrediction(i, (0.0, 0.0, 9.0, 9.0), 0.9, 30.0, 20.0, 40.0, "male", 0.9) for i in range(15)
+            )
+            result = ImageResult("a.png", "ok", None, 9, 9, faces)
+            view = View(result, png, (9, 9), tuple(Portrait(face, png, 99.0) for face in faces))
+            show_view(view, key="0", least_probability=0.7, coverage=0.9)
+
+        png = encode(Image.new("RGB", (9, 9)), "PNG")
+
+        def cards() -> list[str]:
+            return [text for text in texts(app.caption) if "detector score" in text]
+
+        app = AppTest.from_function(page, args=(png,), default_timeout=120).run()
+        assert cards() == [f"face {number}, detector score 0.90" for number in range(1, 13)]
+        app.toggle[0].set_value(True).run()
+        assert cards() == [f"face {number}, detector score 0.90" for number in range(1, 16)]
 
     def test_the_threshold_decides_what_is_undecided(
         self, start: Start, predictor: Predictor, grace_hopper: bytes
     ) -> None:
         (face,) = predictor.predict([grace_hopper])[0].faces
         app = give(start(), ("grace.jpg", grace_hopper))
+        assert app.slider(key="undecided").value == 70
         app.slider(key="undecided").set_value(50).run()
         assert f"**{face.gender}** {face.gender_probability:.0%}" in _progress(app)
         app.slider(key="undecided").set_value(100).run()
@@ -241,7 +296,7 @@ class TestServer:
         with socket.create_server(("127.0.0.1", 0)) as free:
             address = f"http://127.0.0.1:{free.getsockname()[1]}"
         app = self.switch(give(start(), ("group.jpg", group_jpeg)), address)
-        assert f"{address} does not answer (connection refused); is it running?" in shown(app.error)[0]
+        assert f"` {address} ` does not answer (connection refused); is it running?" in shown(app.error)[0]
         app.segmented_control(key="engine").set_value("This process").run()
         assert not app.error
         assert len(ages(app)) == 2
@@ -249,6 +304,59 @@ class TestServer:
     def test_an_address_that_is_none(self, start: Start) -> None:
         app = self.switch(start(), "localhost:8080")
         assert "must begin with http://" in shown(app.error)[0]
+
+    def test_another_token_is_asked_anew(
+        self, start: Start, group_jpeg: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = []
+
+        def predict(client: Client, items: list[Item]) -> list[ImageResult]:
+            asked.append(client._key)
+            return [ImageResult(item.path, "no_face", None, 9, 9) for item in items]
+
+        monkeypatch.setattr(Client, "predict", predict)
+        app = give(start(), ("group.jpg", group_jpeg))
+        for token in ("one", "one", "other"):
+            self.switch(app, "http://127.0.0.1:9", token)
+        assert not app.exception
+        assert [key for key in asked if key] == ["one", "other"]
+
+    def test_clients_are_not_shared_between_sessions(self) -> None:
+        """One session's client holds its token and what its server has said."""
+        assert engine._connect._info.scope == "session"  # the testing runner has one session for all
+
+    def test_the_coverage_is_the_servers_own(self, predictor: Predictor) -> None:
+        client = Client()
+        assert Engine(client, "server").coverage is None
+        client.about = {"coverage": 0.8}
+        assert Engine(client, "server").coverage == 0.8
+        assert Engine(predictor, "here").coverage == predictor.model.spec.coverage
+
+    @pytest.mark.parametrize("same", [True, False])
+    def test_figures_are_told_of_the_same_bytes_alone(self, predictor: Predictor, same: bool) -> None:
+        def page(about: dict[str, str]) -> None:
+            from agegender.client import Client
+            from agegender.spec import DEFAULT_MODEL
+            from app.engine import Engine, describe_model
+
+            client = Client()
+            client.about = about
+            describe_model(Engine(client, "server"), DEFAULT_MODEL)
+
+        sha256 = predictor.model.sha256 if same else "0" * 64
+        about = {"name": predictor.model.spec.name, "version": predictor.model.spec.version, "sha256": sha256}
+        app = AppTest.from_function(page, args=(about,), default_timeout=120).run()
+        assert not app.exception
+        assert ("test figures are not known here" in app.caption[-1].value) != same
+        assert ("Gender correct" in str(app.table[0].value)) == same
+
+    def test_a_model_that_has_changed_is_loaded_anew(self, tmp_path: Path) -> None:
+        model = tmp_path / "agegender.pt"
+        model.write_bytes((ROOT / "model_store" / "agegender.pt").read_bytes())
+        first = local_predictor(model)
+        assert local_predictor(model) is first
+        os.utime(model, (1, 1))
+        assert local_predictor(model) is not first
 
 
 def _progress(app: AppTest) -> list[str]:
@@ -277,6 +385,71 @@ class TestResults:
         assert list(app.dataframe[0].value["file"]) == ["grace.jpg"]
         app.text_input(key="path_part").set_value("nowhere").run()
         assert "No row" in app.info[0].value
+
+    def test_probability_and_order_mean_what_they_say(
+        self, results_page: Callable[[Path], AppTest], tmp_path: Path
+    ) -> None:
+        faces = [(20.0, 0.6), (60.0, 0.8), (40.0, 0.95)]
+        app = results_page(out_of(tmp_path, [replace(FACE, age=age, gender_probability=p) for age, p in faces]))
+        app.slider(key="least_probability").set_value(80).run()
+        app.selectbox(key="sort_by").select("age").run()
+        assert list(app.dataframe[0].value["age"]) == [40.0, 60.0]
+        assert app.selectbox(key="descending").options == ["smallest first", "largest first"]
+        app.selectbox(key="descending").select_index(1).run()
+        assert app.dataframe[0].value["age"].iloc[0] == 60.0
+
+    def test_what_is_chosen_on_the_second_page_is_what_is_exported_and_shown(
+        self, results_page: Callable[[Path], AppTest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        exported: list[list[int]] = []
+        monkeypatch.setattr("app.results_page._show_export", lambda _, rows, **__: exported.append(list(rows)))
+        app = results_page(out_of(tmp_path, [FACE] * 101))
+        assert len(exported[-1]) == 101
+        assert app.pagination[0].num_pages == 2
+        app.pagination[0].set_value(2).run()
+        choose(app, 0)
+        assert exported[-1] == [100]
+        assert f"{tmp_path}/100.jpg: the image is gone" in app.code[-1].value
+
+    def test_the_gallery_shows_the_first_of_many_and_tells_of_each_that_is_missing(
+        self, results_page: Callable[[Path], AppTest], tmp_path: Path
+    ) -> None:
+        app = results_page(out_of(tmp_path, [FACE] * 30))
+        choose(app, *range(30))
+        assert "The first 24 of 30." in texts(app.caption)
+        assert app.code[-1].value.splitlines() == [
+            f"{tmp_path}/{number}.jpg: the image is gone" for number in range(24)
+        ]
+
+    def test_a_failed_row_that_is_chosen_says_its_own_error(
+        self, results_page: Callable[[Path], AppTest], tmp_path: Path
+    ) -> None:
+        results = [ImageResult("a.txt", "not_image", "not an image"), ImageResult("b.png", "no_face", None, 9, 9)]
+        pq.write_table(arrow_table(results), tmp_path / "a.parquet")
+        app = results_page(tmp_path)
+        choose(app, 0, 1)
+        assert app.code[-1].value.splitlines() == ["a.txt: not an image", "b.png: no face"]
+
+    @pytest.mark.parametrize("years", [1, 2, 5, 10])
+    def test_every_face_is_in_a_bar_however_old(
+        self, results_page: Callable[[Path], AppTest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, years: int
+    ) -> None:
+        drawn: list[pd.DataFrame] = []
+
+        def record(bins: pd.DataFrame, **options: Any) -> Any:
+            drawn.append(bins)
+            return histogram(bins, **options)
+
+        monkeypatch.setattr("app.results_page.histogram", record)
+        lived = (-1.0, 0.0, 115.9, 116.0, 130.0)
+        app = results_page(out_of(tmp_path, [replace(FACE, age=age) for age in lived]))
+        drawn.clear()
+        app.segmented_control(key="bin_years").set_value(years).run()
+        (by_age,) = (bins for bins in drawn if "gender" in bins)
+        assert by_age["count"].sum() == len(lived)
+        assert set(by_age["end"] - by_age["start"]) == {years}
+        assert by_age["count"].iloc[0] == 2
+        assert by_age["end"].max() >= 116  # else the oldest stand at an age that they have not
 
     @pytest.mark.parametrize("rewritten", [True, False])
     def test_files_that_change_under_the_page(
@@ -382,8 +555,30 @@ class TestResults:
         assert not app.exception
         assert "its column age is string, not float" in shown(app.error)[0]
 
-    @pytest.mark.parametrize("name", ["nowhere", "empty", "foreign", "damaged", "file"])
-    def test_what_is_no_output(self, results_page: Callable[[Path], AppTest], tmp_path: Path, name: str) -> None:
+    def test_a_name_is_read_as_a_shell_reads_it(
+        self, results_page: Callable[[Path], AppTest], out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HOME", str(out.parent))
+        app = results_page(Path(f" ~/{out.name} "))
+        assert not app.error
+        assert {metric.label: metric.value for metric in app.metric}["Faces"] == "3"
+
+    @pytest.mark.parametrize(
+        ("name", "says"),
+        [
+            ("nowhere", "nowhere does not exist; give the directory that `make batch` wrote."),
+            ("empty", "empty holds no Parquet files; give the directory that `make batch` wrote."),
+            ("hollow", "hollow holds no Parquet files"),
+            ("foreign", "has no column path"),
+            ("damaged", "a damaged Parquet file"),
+            ("file", "file is a file; give the directory around it."),
+        ],
+    )
+    def test_what_is_no_output(
+        self, results_page: Callable[[Path], AppTest], tmp_path: Path, name: str, says: str
+    ) -> None:
+        (tmp_path / "hollow").mkdir()
+        (tmp_path / "hollow" / "a.parquet").touch()
         (tmp_path / "empty").mkdir()
         (tmp_path / "foreign").mkdir()
         pq.write_table(pa.table({"a": [1]}), tmp_path / "foreign" / "a.parquet")
@@ -391,9 +586,36 @@ class TestResults:
         (tmp_path / "damaged" / "a.parquet").write_bytes(b"PAR1 no more")
         (tmp_path / "file").write_text("x")
         app = results_page(tmp_path / name)
-        assert len(app.error) == 1
+        (error,) = shown(app.error)
+        assert says in error
         assert not app.exception
         assert not app.metric
+
+    def test_a_store_that_does_not_answer_is_told_of(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object) -> None:
+            raise OSError("When listing objects: the host is unknown\nand more")
+
+        monkeypatch.setattr(Output, "list", fail)
+        with pytest.raises(OutputError, match=r"^mock://bucket/out cannot be reached: .* the host is unknown$"):
+            Scores.fingerprint("mock://bucket/out")
+        with pytest.raises(OutputError, match=r"^gopher://a/b cannot be reached: "):
+            Scores.fingerprint("gopher://a/b")
+
+
+def out_of(directory: Path, faces: Sequence[FacePrediction]) -> Path:
+    """An output with one face in each image; the images are gone."""
+    results = [
+        ImageResult(str(directory / f"{number}.jpg"), "ok", None, 200, 200, (face,))
+        for number, face in enumerate(faces)
+    ]
+    pq.write_table(arrow_table(results), directory / "faces-00000000-00000.parquet")
+    return directory
+
+
+def choose(app: AppTest, *rows: int) -> None:
+    """Ticks rows of the table."""
+    app.session_state[app.dataframe[0].key] = {"selection": {"rows": list(rows), "columns": [], "cells": []}}
+    app.run()
 
 
 class TestScores:
@@ -437,6 +659,24 @@ class TestScores:
         assert table.to_pylist() == files.take(pa.array([4, 0])).to_pylist()
         assert table.schema.names == arrow_schema().names
 
+    def test_bounds_are_within(self, tmp_path: Path) -> None:
+        scores = Scores(str(out_of(tmp_path, [replace(FACE, age=30.0, gender_probability=0.75, score=0.5)])))
+        assert len(scores.select(Selection(ages=(30, 40)))) == len(scores.select(Selection(ages=(20, 30)))) == 1
+        assert len(scores.select(Selection(least_probability=0.75))) == 1
+        assert len(scores.select(Selection(least_score=0.5))) == 1
+
+    def test_the_median_of_two_lies_between_them(self, tmp_path: Path) -> None:
+        assert Scores(str(out_of(tmp_path, [replace(FACE, age=20.0), replace(FACE, age=41.0)]))).median_age == 30.5
+
+    def test_the_most_frequent_outcome_comes_first(self, tmp_path: Path) -> None:
+        results = [ImageResult("a", "unreadable", "damaged")] + [ImageResult("b", "no_face", None, 9, 9)] * 2
+        pq.write_table(arrow_table(results), tmp_path / "a.parquet")
+        assert list(Scores(str(tmp_path)).statuses.items()) == [("no_face", 2), ("unreadable", 1)]
+
+    def test_an_empty_file_beside_others_is_passed_over(self, out: Path) -> None:
+        (out / "z.parquet").touch()
+        assert len(Scores(str(out))) == 5
+
     def test_nothing_to_read(self, tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="holds no Parquet files"):
             Scores(str(tmp_path))
@@ -470,6 +710,8 @@ class TestGallery:
             cut_row({**row, "path": str(out / "gone.jpg")})
         with pytest.raises(FaceError, match="no face"):
             cut_row({**row, "age": None})
+        with pytest.raises(FaceError, match=r"^damaged JPEG image$"):
+            cut_row({**row, "age": None, "error": "damaged JPEG image"})
         (out / "changed.jpg").write_bytes(b"no image any more")
         with pytest.raises(FaceError, match="not an image"):
             cut_row({**row, "path": str(out / "changed.jpg")})
@@ -494,12 +736,30 @@ class TestNames:
     def test_are_code(self, name: str, shown: str) -> None:
         assert literal(name) == shown
 
+    @pytest.mark.parametrize(
+        ("text", "shown"),
+        [
+            ("see http://127.0.0.1:8080/a?b=1.", "see ` http://127.0.0.1:8080/a?b=1 `\\."),
+            ("(WWW.example.com); x", r"\(` WWW.example.com `\); x"),
+            ("ask someone@example.com", "ask ` someone@example.com `"),
+            ("begins with http:// or https://, not", r"begins with http\:// or https\://, not"),
+            ("a*b\n", r"a\*b"),
+        ],
+    )
+    def test_addresses_in_errors_are_no_links(self, text: str, shown: str) -> None:
+        assert plain(text) == shown
+
 
 class TestHints:
     def test_small_faces(self) -> None:
         assert hints_of(FACE, 100.0) == []
         small = replace(FACE, box=(0.0, 0.0, SMALL_PX - 1.0, 60.0))
         assert hints_of(small, 100.0) == [f"Small: {SMALL_PX - 1} px wide. Below {SMALL_PX} px, errors grow."]
+
+    def test_blur_begins_where_it_was_measured(self) -> None:
+        assert SHARP == 12
+        assert hints_of(FACE, 12.0) == []
+        assert hints_of(FACE, 11.9) == ["Blurred: errors grow."]
 
     def test_a_blurred_photograph_gets_the_hint_and_a_sharp_one_does_not(self, grace_hopper: bytes) -> None:
         result = Predictor(ROOT / "model_store" / "agegender.pt", device="cpu").predict([grace_hopper])[0]
@@ -524,9 +784,67 @@ def test_a_cut_face_is_a_square_that_holds_the_middle_of_its_box(box: tuple[floa
     assert np.asarray(face).max() == 255
 
 
-def test_the_shown_photograph_is_bounded(encode: Any) -> None:
-    from app.photograph import View
+class TestCharts:
+    def test_genders_have_the_colours_of_their_boxes(self) -> None:
+        bins = pd.DataFrame({"start": [0], "end": [5], "count": [1], "gender": ["male"]})
+        spec = histogram(bins, title="age, years", split="gender").to_dict()
+        scale = spec["encoding"]["color"]["scale"]
+        male, female = (scale["range"][scale["domain"].index(gender)] for gender in ("male", "female"))
+        assert int(male[5:], 16) > int(male[1:3], 16)  # blue, as `agegender.draw` has it
+        assert int(female[1:3], 16) > int(female[5:], 16)
+        assert spec["encoding"]["x"]["title"] == "age, years"
 
+    def test_the_age_lies_as_a_point_on_its_interval(self) -> None:
+        spec = age_scale()
+        track, interval, point = (layer["encoding"] for layer in spec["layer"])
+        assert (track["x"]["field"], track["x2"]["field"]) == ("start", "end")
+        assert (interval["x"]["field"], interval["x2"]["field"]) == ("low", "high")
+        assert point["x"]["field"] == "age"
+        (row,) = age_data(FACE).to_dict("records")
+        assert (row["low"], row["age"], row["high"]) == (27.6, 34.4, 41.2)
+
+    @pytest.mark.parametrize("horizontal", [True, False])
+    def test_bars_stand_in_the_order_that_is_given(self, horizontal: bool) -> None:
+        counts = pd.DataFrame({"name": ["ok", "no_face", "a"], "count": [1, 2, 3]})
+        names = bars(counts, title="outcome", horizontal=horizontal).to_dict()["encoding"]["y" if horizontal else "x"]
+        assert names["sort"] == ["ok", "no_face", "a"]
+
+    def test_all_beyond_ten_are_one_bar(self) -> None:
+        assert _capped({9: 1, 10: 2, 11: 3, 25: 4}) == {"9": 1, "10+": 9}
+
+
+def test_each_card_has_its_own_face_and_the_sharpness_of_the_photograph(encode: Any) -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (900, 1800, 3), np.uint8)
+    pixels[:, :900, 2], pixels[:, 900:, 0] = 0, 0  # no blue at the left, no red at the right
+    left, right = (100.0, 100.0, 800.0, 800.0), (1000.0, 100.0, 1700.0, 800.0)
+    faces = (replace(FACE, box=left), replace(FACE, index=1, box=right))
+    view = View.of(encode(pixels, "PNG"), ImageResult("a.png", "ok", None, 1800, 900, faces))
+    for portrait, face, absent in zip(view.portraits, faces, (2, 0), strict=True):
+        assert portrait.face == face
+        with Image.open(io.BytesIO(portrait.picture)) as picture:
+            assert np.asarray(picture)[..., absent].mean() < 40
+        assert portrait.sharpness == sharpness(cut_face(pixels, face.box))
+
+
+def test_a_small_photograph_is_shown_at_its_size(encode: Any) -> None:
+    data = encode(Image.new("RGB", (100, 50)), "PNG")
+    assert View.of(data, ImageResult("a.png", "no_face", None, 100, 50)).size == (100, 50)
+
+
+def test_captions_do_not_shrink_with_the_photograph(encode: Any) -> None:
+    """A large one looks like itself at the size that is shown."""
+    box = (1000.0, 1000.0, 2000.0, 2000.0)
+    large = ImageResult("a.jpg", "ok", None, 6000, 3000, (replace(FACE, box=box),))
+    view = View.of(encode(Image.new("RGB", (6000, 3000), "grey"), "PNG"), large)
+    small = replace(large, faces=(replace(FACE, box=tuple(side * 1920 / 6000 for side in box)),))
+    expected = annotate(np.asarray(Image.new("RGB", (1920, 960), "grey")), small)
+    assert view.photo
+    with Image.open(io.BytesIO(view.photo)) as photo:
+        assert photo.size == expected.size
+        assert np.abs(np.asarray(photo, np.int16) - np.asarray(expected, np.int16)).mean() < 1
+
+
+def test_the_shown_photograph_is_bounded(encode: Any) -> None:
     large = encode(Image.new("RGB", (6000, 3000), "grey"), "JPEG")
     view = View.of(
         large, ImageResult("a.jpg", "ok", None, 6000, 3000, (replace(FACE, box=(100.0, 100.0, 900.0, 900.0)),))

@@ -209,6 +209,23 @@ def test_uploads_outlive_a_look_at_the_other_page(
     assert images_of(page.get_by_test_id("stMain")) == []
 
 
+def test_a_charts_own_buttons_cover_no_choice(
+    app: App, browser: "Browser", predictor: Predictor, group_jpeg: bytes, tmp_path: Path
+) -> None:
+    out = out_of(tmp_path / "out", predictor.predict([Item(group_jpeg, "group.jpg")]))
+    page = open_page(browser, f"{app.address}/results")
+    page.get_by_role("textbox", name="Output directory").fill(str(out))
+    page.keyboard.press("Enter")
+    page.get_by_text("2 filtered of 2 rows").wait_for()
+    settle(page)
+    page.get_by_test_id("stVegaLiteChart").first.hover()
+    buttons = page.get_by_test_id("stElementToolbarButtonContainer").first.bounding_box()
+    choice = page.get_by_role("radiogroup", name="Bin width").bounding_box()
+    assert buttons
+    assert choice
+    assert choice["y"] >= buttons["y"] + buttons["height"]
+
+
 def test_a_download_of_rows_that_are_gone_is_told_of(
     browser: "Browser", predictor: Predictor, group_jpeg: bytes, tmp_path: Path
 ) -> None:
@@ -220,7 +237,7 @@ def test_a_download_of_rows_that_are_gone_is_told_of(
         page.get_by_text("2 filtered of 2 rows").wait_for()
         shutil.rmtree(out)
         page.get_by_test_id("stMain").get_by_role("button", name="CSV", exact=True).click()
-        alerts(page).get_by_text("holds no Parquet files").wait_for()
+        alerts(page).get_by_text("does not exist").wait_for()
 
 
 def enter(page: "Page", label: str, text: str) -> None:
