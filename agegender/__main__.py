@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_pillow()
     keep_freed_memory()
     try:
+        if options.draw and options.draw.is_file():
+            raise ValueError(f"{options.draw} is a file; give --draw a directory")
         if options.draw:
             options.draw.mkdir(parents=True, exist_ok=True)
         return _run(_predictor(options), options)
@@ -54,8 +56,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.key_file and not options.server:
         parser.error("argument --key-file: not allowed without argument --server")
-    if options.draw and options.draw.exists() and not options.draw.is_dir():
-        parser.error(f"argument --draw: {options.draw} is a file; give a directory")
     if options.device and options.server:
         parser.error("argument --device: not allowed with argument --server, which has its own")
     return options
