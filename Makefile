@@ -85,7 +85,7 @@ stubs: $(READY) ## Build the Python stubs of the gRPC API into build/grpc
 screenshots: $(READY) ## Take the README's pictures of the app anew, with Chromium
 	@SCREENSHOTS=docs/figures $(BIN)/python -m pytest tests/test_app_browser.py -k "screenshots and light-1440" $(ARGS)
 
-test: $(READY) ## Run the tests (about ten minutes on two cores)
+test: $(READY) ## Run the tests (ten to fifteen minutes on two cores)
 	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-slow: $(READY) ## Run the chaos, soak and long fuzz tests
