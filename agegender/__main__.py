@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_FETCHED = OSError(errno.ENOENT, "no photo is fetched from an address; download it first")
+_NOT_FETCHED = OSError(errno.ENOENT, "no photo is fetched from an address; download it first")
 _COLUMNS = "{:<32} {:>4} {:>8} {:>9}  {:<7} {:>5} {:>6}"
 
 
@@ -36,10 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_pillow()
     keep_freed_memory()
     try:
-        if options.draw and options.draw.is_file():
-            raise ValueError(f"{options.draw} is a file; give --draw a directory")
         if options.draw:
-            options.draw.mkdir(parents=True, exist_ok=True)
+            _make_directory(options.draw)
         return _run(_predictor(options), options)
     except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,6 +57,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.device and options.server:
         parser.error("argument --device: not allowed with argument --server, which has its own")
     return options
+
+
+def _make_directory(path: Path) -> None:
+    if path.is_file():
+        raise ValueError(f"{path} is a file; give --draw a directory")
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,7 +122,7 @@ def _results(predictor: "Predictor | Client", paths: Sequence[str]) -> Iterator[
         try:
             item = Item(Path(path).read_bytes(), path)
         except OSError as error:
-            yield path, ImageResult.from_error(path, _FETCHED if "://" in path else error)
+            yield path, ImageResult.from_error(path, _NOT_FETCHED if "://" in path else error)
         else:
             yield path, predictor.predict([item])[0]
 

@@ -1,18 +1,14 @@
 """`python -m batch SOURCE... OUT`: the command line of the batch job."""
 
 import argparse
-import contextlib
 import io
 import os
 import re
-import signal
-import socket
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from batch.interrupts import INTERRUPTED, heed_interrupts, unless_stuck
 from batch.progress import tell
 from batch.request import Request, Resources, ScoreOptions
 
@@ -28,9 +24,7 @@ _ENVIRONMENT = {
     "RAY_worker_niceness": "0",
 }
 
-# After an interrupt: until it must have been heard, until another one ends the program at once, until all has ended.
-_HEARD_S, _IMPATIENT_S, _ENDED_S = 10, 5, 40
-_DONE, _WRONG_CALL, _INTERRUPTED = 0, 2, 130
+_DONE, _WRONG_CALL = 0, 2
 
 _EPILOG = """\
 a source is
@@ -60,22 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does, it tells of names in any encoding
         sys.stdout.reconfigure(errors="backslashreplace")
-    handled = threading.Event()
-    handler = _interrupt_once(handled)
-    signal.signal(signal.SIGTERM, handler)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in scripts behind `&`
-        signal.signal(signal.SIGINT, handler)
+    handled = heed_interrupts()
     try:
-        with _unless_stuck(handled):
+        with unless_stuck(handled):
             return _run(_report if reporting else _score, options)
     except Exception:
         if not handled.is_set():  # or it comes of the interrupt, as an ImportError does of one inside of a library
             raise
         tell(sys.stderr, "\nbatch: interrupted\n")
-        return _INTERRUPTED
+        return INTERRUPTED
     except KeyboardInterrupt as interrupt:
         tell(sys.stderr, "\nbatch: " + "; ".join(["interrupted", *interrupt.args]) + "\n")
-        return _INTERRUPTED
+        return INTERRUPTED
 
 
 def _open_streams() -> None:
@@ -97,65 +87,6 @@ def _parse(given: Sequence[str]) -> argparse.Namespace:
     if options.device and not options.gpus:
         parser.error("--device is for the processes of --gpus N; without them, the workers predict on the CPU")
     return options
-
-
-def _interrupt_once(handled: threading.Event) -> Callable[..., None]:
-    """A handler of signals: what follows the first one finds the program tidying up, and lets it."""
-
-    def handle(*_: object) -> None:
-        if not handled.is_set():
-            handled.set()
-            raise KeyboardInterrupt
-
-    return handle
-
-
-@contextlib.contextmanager
-def _unless_stuck(handled: threading.Event) -> Iterator[None]:
-    """Ends the process where an interrupt does not.
-
-    A handler runs between two steps of Python, and a call into an object store that does not answer is one step of
-    minutes; tidying up there takes as long. And what a handler raises inside a destructor, Python drops.
-    """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-
-    def watch() -> None:
-        if not _interrupted(reader, None):
-            return
-        began = time.monotonic()
-        if handled.wait(_HEARD_S):
-            while (left := began + _ENDED_S - time.monotonic()) > 0:
-                again = _interrupted(reader, left)
-                if again is False:
-                    return
-                if again and time.monotonic() - began > _IMPATIENT_S:
-                    break
-        tell(sys.stderr, "\nbatch: interrupted, and ended without tidying up; what is done stays done\n")
-        os._exit(_INTERRUPTED)
-
-    with reader, writer:
-        before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(before)
-            writer.shutdown(socket.SHUT_WR)  # ends the thread
-            watcher.join()
-
-
-def _interrupted(reader: socket.socket, timeout_s: float | None) -> bool | None:
-    """Waits for an interrupt: True for one, False where none can come any more, None when the time is over."""
-    reader.settimeout(timeout_s)
-    try:
-        while number := reader.recv(1):
-            if number[0] in (signal.SIGINT, signal.SIGTERM):
-                return True
-    except TimeoutError:
-        return None
-    return False
 
 
 def _run(action: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:

@@ -48,7 +48,7 @@ class ScoreOptions:
         check_options(self.min_score, self.max_faces, self.faces)
         if self.max_pixels < 1:
             raise ValueError("max_pixels must be at least 1")
-        FaceDetector(min_score=self.min_score, max_faces=self.max_faces)
+        FaceDetector()  # for its weights
 
     def that_matter(self) -> dict[str, Any]:
         """All of them, but for those of a detector that finds no faces because each image is one."""

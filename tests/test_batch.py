@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -324,20 +325,27 @@ def test_a_dry_run_of_samples_that_are_not_there_says_so(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
+@contextmanager
+def aside(call: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive its test."""
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
 def test_a_run_is_told_to_end_while_a_store_does_not_answer(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         keys = {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"}
         call = [sys.executable, "-m", "batch", "s3://bucket/photos", str(tmp_path / "out")]
         environment = {**os.environ, **keys, "AWS_ENDPOINT_URL": address}
-        with subprocess.Popen(call, stderr=subprocess.PIPE, text=True, env=environment) as started:
-            try:
-                silent.settimeout(60)
-                with silent.accept()[0]:
-                    started.send_signal(signal.SIGTERM)
-                    _, told = started.communicate(timeout=60)
-            finally:
-                started.kill()
+        with aside(call, env=environment) as started:
+            silent.settimeout(60)
+            with silent.accept()[0]:
+                started.send_signal(signal.SIGTERM)
+                _, told = started.communicate(timeout=60)
     assert started.returncode == 130
     assert "batch: interrupted" in told
 
@@ -346,28 +354,26 @@ def test_an_interrupt_that_python_drops_ends_the_run_all_the_same() -> None:
     """As one does that is raised inside a destructor; and a second one need not wait."""
     code = (
         "import os, signal, sys, time\n"
-        "import batch.__main__ as job\n"
+        "import batch.__main__ as job, batch.interrupts as limits\n"
         "class Drops:\n"
         "    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
         "def run(*_):\n"
         "    Drops()\n"
         "    print('goes on', flush=True)\n"
         "    time.sleep(60)\n"
-        "job._run, job._ENDED_S, job._IMPATIENT_S = run, *map(float, sys.argv[1:])\n"
+        "job._run = run\n"
+        "limits._ENDED_S, limits._IMPATIENT_S = map(float, sys.argv[1:])\n"
         "sys.exit(job.main(['photos', 'out']))\n"
     )
     for limits, again in ((("1", "60"), False), (("60", "0"), True)):
         call = [sys.executable, "-c", code, *limits]
-        with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
-            try:
-                assert started.stdout is not None
-                assert started.stdout.readline() == "goes on\n"
-                if again:
-                    time.sleep(1)
-                    started.send_signal(signal.SIGINT)
-                _, told = started.communicate(timeout=30)
-            finally:
-                started.kill()
+        with aside(call) as started:
+            assert started.stdout is not None
+            assert started.stdout.readline() == "goes on\n"
+            if again:
+                time.sleep(1)
+                started.send_signal(signal.SIGINT)
+            _, told = started.communicate(timeout=30)
         assert started.returncode == 130
         assert "batch: interrupted, and ended without tidying up; what is done stays done" in told
 

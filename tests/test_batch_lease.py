@@ -96,10 +96,16 @@ def test_a_run_goes_on_when_its_store_was_away_and_nobody_came(tmp_path: Path) -
             pass
 
 
-def test_an_output_says_it_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Output:
+    """One that is kept by a lease, of short beats."""
     monkeypatch.setattr("batch.lease._BEAT_S", BEAT_S)
-    out = Output(str(tmp_path))
-    out.is_local = False
+    output = Output(str(tmp_path))
+    output.is_local = False
+    return output
+
+
+def test_an_output_says_it_in_a_sentence(out: Output, tmp_path: Path) -> None:
     with pytest.raises(JobError, match="took over"), out.locked():  # noqa: PT012
         next(tmp_path.iterdir()).unlink()
         out.check_held()
@@ -134,11 +140,8 @@ def test_a_run_that_cannot_be_asked_is_not_taken_for_dead(tmp_path: Path) -> Non
     ids=["clear", "clear_run", "begin", "reopen", "finish", "committed_parts"],
 )
 def test_a_run_that_was_taken_for_dead_changes_nothing(
-    change: Callable[[Output, Run], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: Callable[[Output, Run], object], out: Output, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("batch.lease._BEAT_S", BEAT_S)
-    out = Output(str(tmp_path))
-    out.is_local = False
     run = Run("0" * 8, now(), "1", {}, {}, ["photos"], 1, 1)
     for name in ("_SUCCESS", "_summary.json", "_run/run.json", f"_run/{run.id}/parts/orphan-0.parquet"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -151,10 +154,7 @@ def test_a_run_that_was_taken_for_dead_changes_nothing(
     assert {path: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_what_a_successor_took_away_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("batch.lease._BEAT_S", BEAT_S)
-    out = Output(str(tmp_path))
-    out.is_local = False
+def test_what_a_successor_took_away_is_told_as_that(out: Output, tmp_path: Path) -> None:
     with pytest.raises(JobError, match="took over"), out.locked():  # noqa: PT012
         next(tmp_path.iterdir()).unlink()
         out.filesystem.delete_file(out.path("gone"))
