@@ -281,14 +281,14 @@ def test_a_comparison_without_its_measure_has_failed(tmp_path: Path, monkeypatch
     assert "Not measured, bare: " in page.read_text()
 
 
-def test_processes_of_a_pool_share_the_images_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shares: list[list[str]] = []
+def test_processes_of_a_pool_all_work_on_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders: list[list[str]] = []
     pool = MagicMock()
-    pool.__enter__().starmap = lambda _, tasks, chunksize: [shares.append(share) or (1, 1.0, 1.0) for _, share in tasks]
+    pool.__enter__().starmap = lambda _, tasks, chunksize: [orders.append(order) or (1, 1.0, 1.0) for _, order in tasks]
     monkeypatch.setattr(contestants.multiprocessing, "get_context", lambda _: MagicMock(Pool=lambda *_: pool))
     (tmp_path / "list.txt").write_text("a\nb\nc\nd\ne\n")
     contestants._pool(Namespace(list=tmp_path / "list.txt", workers=2, contestant="bare"))
-    assert shares == [["a", "c", "e"], ["b", "d"]]
+    assert orders == [["a", "b", "c", "d", "e"], ["c", "d", "e", "a", "b"]]
 
 
 def test_processes_of_a_pool_add_up() -> None:
