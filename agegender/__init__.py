@@ -1,7 +1,7 @@
 """Perceived age and gender from faces: data -> image -> faces -> chips -> predictions -> records."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from agegender.chips import cut_chip
 from agegender.detector import Face, FaceDetector
@@ -14,18 +14,31 @@ from agegender.errors import (
     ServerError,
 )
 from agegender.image import decode_image
-from agegender.result import FacePrediction, ImageResult, Item
+from agegender.result import Box, FacePrediction, FacesMode, ImageResult, Item
 from agegender.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from agegender.model import Model
+    from agegender.client import Client
+    from agegender.model import ChipModel, Model, Predictions
     from agegender.predictor import Predictor
+
+_LATE: Final = {
+    "ChipModel": "agegender.model",
+    "Client": "agegender.client",
+    "Model": "agegender.model",
+    "Predictions": "agegender.model",
+    "Predictor": "agegender.predictor",
+}
 
 __all__ = [
     "AgeGenderError",
+    "Box",
+    "ChipModel",
+    "Client",
     "Face",
     "FaceDetector",
     "FacePrediction",
+    "FacesMode",
     "ImageDecodeError",
     "ImageResult",
     "ImageTooLargeError",
@@ -34,6 +47,7 @@ __all__ = [
     "ModelLoadError",
     "ModelSpec",
     "NotAnImageError",
+    "Predictions",
     "Predictor",
     "ServerError",
     "cut_chip",
@@ -46,13 +60,12 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what needs torch, which takes seconds, when it is first asked for; the version is the package's."""
+    """Imports what takes time, torch above all, when it is first asked for; the version is the package's."""
     if name == "__version__":
         return _version()
-    home = {"Model": "agegender.model", "Predictor": "agegender.predictor"}.get(name)
-    if home is None:
+    if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(home), name)
+    return getattr(import_module(_LATE[name]), name)
 
 
 def _version() -> str:

@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _NOT_FETCHED = OSError(errno.ENOENT, "no photo is fetched from an address; download it first")
-_COLUMNS = "{:<32} {:>4} {:>8} {:>9}  {:<7} {:>5} {:>6}"
+_DIRECTORY = OSError(errno.EISDIR, "it is a directory; give its files, or score all of it with `python -m batch`")
+_NAME_WIDTH = 32
+_COLUMNS = f"{{:<{_NAME_WIDTH}}} {{:>4}} {{:>8}} {{:>9}}  {{:<7}} {{:>5}} {{:>6}}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 when every photo was looked at, 1 when one was not, 2 for a wrong call."""
     options = _options(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does, it tells of names in any encoding
+    if isinstance(sys.stdout, io.TextIOWrapper):  # like stderr, it prints names in any encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     quiet_pillow()
     keep_freed_memory()
@@ -102,10 +104,11 @@ def _predictor(options: argparse.Namespace) -> "Predictor | Client":
 
 
 def _run(predictor: "Predictor | Client", options: argparse.Namespace) -> int:
-    exit_code, taken = 0, {os.path.realpath(photo) for photo in options.photos}
-    if not options.json:
-        print(_COLUMNS.format("photo", "face", "age", "90% from", "gender", "prob", "score"))
+    exit_code, headed, taken = 0, options.json, {os.path.realpath(photo) for photo in options.photos}
     for path, result in _results(predictor, options.photos):
+        if not (headed or result.failed):  # by now a server has told of its model
+            headed = True
+            print(_COLUMNS.format("photo", "face", "age", _interval_heading(predictor), "gender", "prob", "score"))
         if result.failed:
             exit_code = 1
             print(f"agegender: {_printable(path)}: {result.error}", file=sys.stderr)
@@ -122,9 +125,22 @@ def _results(predictor: "Predictor | Client", paths: Sequence[str]) -> Iterator[
         try:
             item = Item(Path(path).read_bytes(), path)
         except OSError as error:
-            yield path, ImageResult.from_error(path, _NOT_FETCHED if "://" in path else error)
+            yield path, ImageResult.from_error(path, _plain(path, error))
         else:
             yield path, predictor.predict([item])[0]
+
+
+def _plain(path: str, error: OSError) -> OSError:
+    """The error, or what people should know instead."""
+    if isinstance(error, IsADirectoryError):
+        return _DIRECTORY
+    return _NOT_FETCHED if "://" in path else error
+
+
+def _interval_heading(predictor: "Predictor | Client") -> str:
+    """By the coverage that the model was made for; a server whose first answer is an error has not told it."""
+    coverage = predictor.about.get("coverage") if isinstance(predictor, Client) else predictor.model.spec.coverage
+    return "interval" if coverage is None else f"{100 * coverage:g}% from"
 
 
 def _show(result: ImageResult, *, as_json: bool) -> None:
@@ -132,7 +148,8 @@ def _show(result: ImageResult, *, as_json: bool) -> None:
         print(json.dumps(to_json(result)), flush=True)
         return
     name = _printable(result.path)
-    name = name if len(name) <= 32 else "..." + name[-29:]
+    if len(name) > _NAME_WIDTH and sys.stdout.isatty():  # a pipe has room
+        name = "..." + name[3 - _NAME_WIDTH :]
     if not result.faces and not result.failed:
         print(_COLUMNS.format(name, "-", "no face", "", "", "", ""), flush=True)
     for face in result.faces:

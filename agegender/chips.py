@@ -18,7 +18,7 @@ TEMPLATE: Final = (
     np.array([[58.5, 57.5], [136.7, 58.6], [95.1, 100.2], [63.6, 136.0], [128.9, 137.0]], np.float64) / 200
 )
 
-# Chip pixels to a pixel of the image. At less, a face would be larger than any image.
+# Smallest accepted scale, chip pixels per image pixel. Below it, a face would be larger than any image.
 _LEAST_SCALE: Final = 1e-6
 
 
@@ -36,7 +36,7 @@ def cut_chip(pixels: Pixels, face: Face | None, size_px: int, *, margin: float =
 
     Raises:
         ValueError: the pixels are of another shape or type, or there are none; the chip has no size; or the landmarks
-            lie in one place, too far apart, or nowhere.
+            are all in one point, too far apart, or not finite.
     """
     check_rgb(pixels)
     if size_px < 1:
@@ -68,8 +68,8 @@ def _similarity(source: npt.NDArray[np.float32], target: npt.NDArray[np.float64]
     centred = source_z - source_z.mean()
     spread = float(np.sum(np.abs(centred) ** 2))
     factor = complex(np.sum((target_z - target_z.mean()) * centred.conj())) / spread if spread else 0j
-    if not abs(factor) >= _LEAST_SCALE:  # nor is that which is no number
-        raise ValueError("no chip can be cut from landmarks that lie in one place, too far apart, or nowhere")
+    if not abs(factor) >= _LEAST_SCALE:  # written so that NaN is refused too
+        raise ValueError("the landmarks cannot be used: all in one point, too far apart, or not finite")
     shift = complex(target_z.mean() - factor * source_z.mean())
     return np.array([[factor.real, -factor.imag, shift.real], [factor.imag, factor.real, shift.imag]])
 

@@ -62,8 +62,9 @@ class Client:
             min_score: least detector score, 0 to 1.
             max_faces: most faces per image, the largest first.
             key: the server's inference token, where there is no file of them.
-            key_file: TorchServe's file of tokens. It is read anew when the server says that a token is old. Without it
-                and without a key: the one in this directory, for a server on this machine; another host is not told it.
+            key_file: TorchServe's file of tokens. It is read anew when the server says that a token is old. Default,
+                where no key is given: `key_file.json` in the working directory, if the server runs on this machine; it
+                is sent to no other host.
             connect_timeout_s: how long it may take to make a connection, and to send each block (16 KiB) of an image.
             answer_timeout_s: how long the server may be silent: until its answer begins, and between two parts of it.
             retries: how often a request is repeated that was not answered: the server could not be reached, closed the
@@ -75,9 +76,7 @@ class Client:
         check_options(min_score, max_faces, faces)
         if retries < 0:
             raise ValueError(f"retries must be at least 0, not {retries}")
-        if not server.startswith(("http://", "https://")):
-            raise ValueError(f"the server's address must begin with http:// or https://, not {server!r}")
-        self.server = server.rstrip("/")
+        self.server = _address(server)
         self.about: dict[str, Any] = {}
         self._options = urlencode({"faces": faces, "min_score": min_score, "max_faces": max_faces})
         self._key = key and key.strip()
@@ -136,6 +135,10 @@ class Client:
             return ImageResult(
                 item.path, "too_large", f"the server takes no {memoryview(item.data).nbytes} bytes; shrink the image"
             )
+        if key is None and _says_old_key(answer):
+            raise ServerError(
+                f"{self.server} asks for a token; give the key_file.json that the server wrote at its start"
+            )
         raise ServerError(_explain(self.server, status, answer))
 
     def _result(self, item: Item, answer: Mapping[str, Any]) -> ImageResult:
@@ -143,7 +146,7 @@ class Client:
             self.about = dict(answer["model"])
             return replace(from_json(answer), path=item.path)
         except (KeyError, TypeError, ValueError) as error:
-            raise ServerError(f"{self.server} gave no answer of this service; check the address") from error
+            raise ServerError(f"{self.server} did not answer like an agegender server; check the address") from error
 
     def _post(self, data: bytes, key: str | None) -> tuple[int, dict[str, Any]]:
         """Status and JSON of one request."""
@@ -220,10 +223,24 @@ def _is_here(server: str) -> bool:
 
 
 def _checked(key: str) -> str:
-    """The same key; HTTP's own errors would print it."""
+    """Returns the key, checked here since HTTP's own error would print it."""
     if not (key.isascii() and key.isprintable()):
         raise ServerError("the token holds characters that no token has; give the inference key of key_file.json")
     return key
+
+
+def _address(server: str) -> str:
+    if not server.startswith(("http://", "https://")):
+        raise ValueError(f"the server's address must begin with http:// or https://, not {server!r}")
+    if "@" in server.split("/")[2]:  # which errors would show
+        raise ValueError("the server's address may hold no user and password; the token is a key or in a key file")
+    try:
+        url = urllib3.util.parse_url(server)
+    except urllib3.exceptions.LocationParseError as error:
+        raise ValueError(f"{server!r} is no address of a server; it should be like {DEFAULT_SERVER}") from error
+    if not url.host or url.query is not None or url.fragment is not None:
+        raise ValueError(f"{server!r} is no address of a server; it should be like {DEFAULT_SERVER}")
+    return server.rstrip("/")
 
 
 def _why_no_key(error: Exception) -> str:

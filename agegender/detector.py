@@ -1,6 +1,6 @@
 """image -> faces: boxes, scores and five landmarks, by YuNet (Wu et al., Machine Intelligence Research 2023).
 
-What surrounds the network is what OpenCV's FaceDetectorYN does, whose network takes three times as long.
+Pre- and post-processing follow OpenCV's FaceDetectorYN; ONNX Runtime runs the network, in a third of OpenCV's time.
 """
 
 import hashlib
@@ -39,8 +39,8 @@ _SIDE_PX: Final = 640
 # Width of the smallest faces that it finds there, about.
 _SMALLEST_FACE_PX: Final = 20
 
-# To which a JPEG may be reduced while it is decoded: twice the detector's resolution, so that a face of the smallest
-# size that fills a chip sharply still does.
+# A JPEG may be decoded at reduced size while its longer side keeps this many pixels: twice the detector's input, so
+# faces of the smallest size that fills a chip stay sharp.
 DECODE_SIDE_PX: Final = 2 * _SIDE_PX
 
 DEFAULT_MIN_SCORE: Final = 0.6
@@ -50,7 +50,7 @@ DEFAULT_MAX_FACES: Final = 100
 # second, small look at the same image.
 _SMALL_SIDE_PX: Final = 224
 
-# Of YuNet's three grids.
+# Cell sizes of YuNet's three grids.
 _STRIDES_PX: Final = (8, 16, 32)
 
 _OUTPUTS: Final = [f"{kind}_{stride}" for kind in ("cls", "obj", "bbox", "kps") for stride in _STRIDES_PX]
@@ -90,14 +90,9 @@ class Face:
         x1, y1, x2, y2 = self.box
         return (x2 - x1) * (y2 - y1)
 
-    def scaled(self, x: float, y: float) -> "Face":
-        """The same face in the same image at x times the width and y times the height."""
-        x1, y1, x2, y2 = self.box
-        return Face((x1 * x, y1 * y, x2 * x, y2 * y), self.score, self.landmarks * np.array([x, y], np.float32))
-
 
 def check_options(min_score: float, max_faces: int, faces: str = "detect") -> None:
-    """Makes sure that what a caller chose can be done, wherever it is done then; see `Predictor`.
+    """Checks a caller's options, in whichever process they are used later; see `Predictor`.
 
     Raises:
         ValueError: an option is out of its range.
@@ -200,10 +195,10 @@ class FaceDetector:
         return finite
 
 
-@lru_cache(maxsize=1)  # of all detectors of a process, whatever their options
+@lru_cache(maxsize=1)  # shared by all detectors of a process, whatever their options
 def _network(weights: bytes, threads: int) -> "ort.InferenceSession":
-    # From version 1.29 on it tells its maker of each process, and marks this machine by a file in the home directory,
-    # unless this stands there before it is imported.
+    # ONNX Runtime 1.29 and newer send telemetry and write an ID file into the home directory, unless this is set before
+    # the import.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime as ort
 
@@ -221,7 +216,7 @@ def _of_any_size(weights: bytes) -> bytes:
 
 
 def _shrunk(pixels: Pixels, side_px: int) -> Pixels:
-    """So that no side is longer."""
+    """Shrinks the image so that no side is longer; a smaller one stays as it is."""
     height, width = pixels.shape[:2]
     scale = side_px / max(height, width)
     if scale >= 1:
@@ -231,7 +226,7 @@ def _shrunk(pixels: Pixels, side_px: int) -> Pixels:
 
 
 def _framed(seen: Pixels) -> Pixels:
-    """Black to the right and below, up to whole cells of the coarsest grid."""
+    """Adds black to the right and below, up to whole cells of the coarsest grid."""
     cell = _STRIDES_PX[-1]
     below, beside = (-side % cell for side in seen.shape[:2])
     return cv2.copyMakeBorder(seen, 0, below, 0, beside, cv2.BORDER_CONSTANT).astype(np.uint8, copy=False)
@@ -246,7 +241,7 @@ def _candidates(outputs: list[npt.NDArray[np.float32]], width: int, height: int,
     found = np.flatnonzero(scores >= min_score)
     cells, strides = (each[found] for each in _grids(width, height))
     centres = (cells + boxes[found, :2]) * strides
-    with np.errstate(over="ignore"):  # what comes of it is dropped
+    with np.errstate(over="ignore"):  # boxes of infinite size are dropped
         halves = np.exp(boxes[found, 2:]) * strides / 2
     points = (np.tile(cells, 5) + landmarks[found]) * strides
     return np.column_stack([centres - halves, centres + halves, points, scores[found]]).astype(np.float32, copy=False)

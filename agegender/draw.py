@@ -1,40 +1,47 @@
 """image + result -> pictures for people: boxes with age and gender, legible on light and dark; faces alone."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
 from agegender.errors import AgeGenderError
 from agegender.image import Pixels, read_header
-from agegender.result import Box, FacePrediction, ImageResult
+from agegender.result import Box, FacePrediction, ImageResult, scale_box
 
 __all__ = ["annotate", "cut_face", "cut_recorded_face"]
 
 _COLOURS: Final = {"male": "#2f6fed", "female": "#c2347e"}
+_UNDECIDED: Final = "undecided"
 
 
-def annotate(pixels: Pixels, result: ImageResult) -> Image.Image:
+def annotate(
+    pixels: Pixels, result: ImageResult, *, font_px: float | None = None, undecided: Collection[int] = ()
+) -> Image.Image:
     """Draws each face's box and caption, with its number if there are several, at the image's own resolution.
 
     Args:
         pixels: (H, W, 3) uint8 RGB, at the full resolution that the boxes speak of.
         result: of the same image.
+        font_px: height of the captions' font; by default it grows with the image.
+        undecided: indices of faces whose gender is not told.
     """
     image = Image.fromarray(pixels)
     draw = ImageDraw.Draw(image)
     line_px = max(2, round(max(image.size) / 400))
-    font = ImageFont.load_default(max(12, min(48, max(image.size) / 55)))
-    for face in result.faces:
+    font = ImageFont.load_default(font_px or max(12, min(48, max(image.size) / 55)))
+    faces = [replace(face, gender=_UNDECIDED) if face.index in undecided else face for face in result.faces]
+    for face in faces:
         colour = _COLOURS.get(face.gender, "#444444")
         draw.rectangle(face.box, outline="white", width=line_px + 2)
         draw.rectangle(face.box, outline=colour, width=line_px)
     labels: list[Box] = []
-    for face in result.faces:
+    for face in faces:
         number = f"{face.index + 1}: " if len(result.faces) > 1 else ""
         age = f"{face.age:.0f} ({face.age_low:.0f}-{face.age_high:.0f})"
-        lines = f"{number}{face.gender} {face.gender_probability:.0%}\n{age}"
-        labels.append(_label(draw, face, lines, font, image.size, labels))
+        gender = _UNDECIDED if face.index in undecided else f"{face.gender} {face.gender_probability:.0%}"
+        labels.append(_label(draw, face, f"{number}{gender}\n{age}", font, image.size, labels))
     return image
 
 
@@ -76,7 +83,7 @@ def cut_recorded_face(data: bytes, box: Box, size: tuple[int, int], *, side_px: 
     longest = max(1.0, box[2] - box[0], box[3] - box[1])
     pixels = header.decode(min_side_px=max(1, round(max(size) * min(1.0, side_px / longest))))
     x, y = pixels.shape[1] / header.width, pixels.shape[0] / header.height
-    face = cut_face(pixels, (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
+    face = cut_face(pixels, scale_box(box, x, y))
     face.thumbnail((side_px, side_px))
     return face
 
@@ -91,10 +98,10 @@ def _label(
 ) -> Box:
     """White text on the class's colour; returns where it is."""
     left, top, right, bottom = draw.multiline_textbbox((0, 0), text, font=font, spacing=2)
-    x, y, *end = _place(face.box, (right - left + 8, bottom - top + 8), size, others)
-    draw.rectangle((x, y, *end), fill=_COLOURS.get(face.gender, "#444444"))
-    draw.multiline_text((x + 4 - left, y + 4 - top), text, font=font, fill="white", spacing=2)
-    return (x, y, end[0], end[1])
+    place = _place(face.box, (right - left + 8, bottom - top + 8), size, others)
+    draw.rectangle(place, fill=_COLOURS.get(face.gender, "#444444"))
+    draw.multiline_text((place[0] + 4 - left, place[1] + 4 - top), text, font=font, fill="white", spacing=2)
+    return place
 
 
 def _place(box: Box, label: tuple[float, float], size: tuple[int, int], others: Sequence[Box]) -> Box:

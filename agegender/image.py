@@ -52,24 +52,25 @@ _UPRIGHT: Final = {
     8: (1, False),
 }
 
-# Each scan of a JPEG is a pass over all its pixels for as little as 10 bytes: of a progressive one, and of a baseline
-# one whose first scan leaves out a component. Encoders write about ten.
+# Each scan costs libjpeg a pass over all pixels but may take only 10 bytes of file (progressive, or baseline with
+# components in separate scans). Encoders write about ten.
 _MAX_SCANS: Final = 64
-# Those after which libjpeg reads a length; what would hide behind the length of another, it decodes.
+# Markers that carry a length (and EOI). The search jumps over each segment as libjpeg does, so bytes inside one are not
+# counted as scans; a jump after any other marker could hide real ones.
 _JPEG_MARKER: Final = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 
-# Pillow calls a row of 2**31 bits a lack of memory; a pixel has at most 64, so this is half of the shortest such row.
+# Pillow raises MemoryError for rows of 2**31 bits. At 64 bits a pixel that is 2**25 pixels; we stop at half.
 _MAX_WIDTH: Final = (1 << 24) - 1
 
-# What a record holds; no header means more in earnest.
+# The most that a record's int32 holds; no real image has more.
 _MAX_SIDE: Final = 2**31 - 1
 
 # Chunks of a PNG, from their length on.
 _PNG_ANY_TEXT: Final = re.compile(rb".{4}(iCCP|[itz][TE]Xt)", re.DOTALL)
 _PNG_TEXT: Final = re.compile(_PNG_ANY_TEXT.pattern + rb"(?!XML:com\.adobe\.xmp|Raw profile type exif)", re.DOTALL)
 
-# Of a tile in a TIFF, where the image itself may hold fewer.
+# A TIFF's tile may have as many, even where the image is allowed fewer.
 _TILE_PIXELS: Final = 1 << 24
 
 # What is most often taken for one of `FORMATS`, by how it begins; files of the family of HEIC and AVIF by their brands,
@@ -266,7 +267,7 @@ def _kind_of(head: bytes) -> str:
     for pattern, kind in _OTHER_KINDS:
         if pattern.match(head):
             return f"it is {kind}, which is not read: save it as JPEG"
-    return f"it begins with {head[:12]!r}"
+    return f"it begins with {str(head[:12])[1:]}"  # as Python shows bytes, without its b
 
 
 def _without_texts(data: bytes, error: Exception) -> bytes | None:
@@ -289,19 +290,21 @@ def _without_texts(data: bytes, error: Exception) -> bytes | None:
 
 
 def _orientation(source: Image.Image) -> int:
-    """The turn that is left to do."""
+    """The EXIF orientation that is left to apply."""
     if isinstance(source, TiffImagePlugin.TiffImageFile):
         return 1  # this plugin turns its pixels upright itself, and announces the upright size
     try:
         # The base class's method: that of PNG decodes all pixels in search of an EXIF block behind them.
         value = Image.Image.getexif(source).get(ExifTags.Base.Orientation)
         return value if value in _UPRIGHT else 1
+    except MemoryError:  # no fault of the image
+        raise
     except Exception:  # a damaged EXIF block, which raises of all kinds, does not make the picture unreadable
         return 1
 
 
 def _count_scans(data: bytes) -> int:
-    """Exact up to one more than `_MAX_SCANS`, if as many could be; else at least as many as there are, in no time."""
+    """The count of SOS byte pairs, an upper bound, if within the limit; else the exact one, up to `_MAX_SCANS + 1`."""
     if (most := bytes(data).count(_START_OF_SCAN)) <= _MAX_SCANS:
         return most
     scans, position = 0, 2

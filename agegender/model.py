@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,13 @@ import torch
 
 from agegender.errors import ModelLoadError
 from agegender.image import Pixels
-from agegender.spec import DEFAULT_MODEL, FORMAT_VERSION, read_artifact, read_spec
+from agegender.spec import DEFAULT_MODEL, FORMAT_VERSION, ModelSpec, read_artifact, read_spec
 
-__all__ = ["Model", "Predictions", "find_device"]
+__all__ = ["ChipModel", "Model", "Predictions", "find_device"]
 
 Floats = npt.NDArray[np.float32]
 
-# Filters of warnings and torch's engine are of the whole process.
+# Warning filters and torch's engine belong to the whole process, so one thread loads at a time.
 _LOADING: Final = threading.Lock()
 
 
@@ -45,8 +45,24 @@ class Predictions(NamedTuple):
     gender_probs: Floats
 
 
+@runtime_checkable
+class ChipModel(Protocol):
+    """What predicts chips: a `Model`, or what stands for one that is elsewhere.
+
+    Attributes:
+        spec: the artifact's description.
+        sha256: the artifact's SHA-256, in hexadecimal digits.
+    """
+
+    spec: ModelSpec
+    sha256: str
+
+    def predict(self, chips: Pixels) -> Predictions:
+        """See `Model.predict`."""
+
+
 class Model:
-    """A loaded artifact. Safe to share between threads."""
+    """A loaded artifact, see `ChipModel`. Safe to share between threads."""
 
     def __init__(self, artifact: str | Path | bytes = DEFAULT_MODEL, *, device: str = "auto") -> None:
         """Loads the artifact and checks that it is one.
@@ -86,7 +102,7 @@ class Model:
             return Predictions(nothing, nothing, nothing, np.empty((0, 2), np.float32))
         own = np.require(chips, requirements=["C", "W"])  # torch warns of memory that it could not write to
         batch = torch.from_numpy(own).permute(0, 3, 1, 2)  # channels_last without a copy
-        # What TorchScript could fuse, it fuses on CUDA only; elsewhere its search for that is seconds for nothing.
+        # TorchScript fuses operations on CUDA only; on a CPU the optimizer costs seconds and gains nothing.
         with torch.inference_mode(), torch.jit.optimized_execution(self.device.type == "cuda"):
             output = self._module(batch.to(self.device))
             probs = output.gender_logits.softmax(dim=1)
@@ -97,7 +113,7 @@ class Model:
         try:
             with _LOADING, warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and still runs it
-                _hear_out_quantization()
+                _ignore_quantization_warning()
                 # First to the CPU: 8-bit weights can be unpacked nowhere else, and only the others move on.
                 with _fastest_engine():
                     module = torch.jit.load(io.BytesIO(artifact), map_location="cpu")  # type: ignore[no-untyped-call]
@@ -123,7 +139,7 @@ class Model:
             )
 
     def _tell_of_memory(self, error: Exception) -> None:
-        """By its text: inside TorchScript, torch's own kind of error becomes a bare RuntimeError."""
+        """Recognised by its text: inside TorchScript, torch's own kind of error becomes a bare RuntimeError."""
         if "out of memory" in str(error):
             raise ModelLoadError(
                 f"{self.device} has no memory left for {self._name}; free some, or take another device"
@@ -168,10 +184,10 @@ def _fastest_engine() -> Iterator[None]:
         backend.engine = before
 
 
-def _hear_out_quantization() -> None:
-    """Lets torch deprecate its 8-bit tensors where it is not heard.
+def _ignore_quantization_warning() -> None:
+    """Triggers torch's once-per-process deprecation warning of quantized tensors here, where it is filtered.
 
-    It does so once in a process, and from inside TorchScript it would write to stderr, past Python's filters.
+    From inside TorchScript it would go to stderr.
     """
     warnings.simplefilter("ignore", UserWarning)
     torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)

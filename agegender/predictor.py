@@ -16,13 +16,16 @@ from agegender.chips import cut_chip
 from agegender.detector import DECODE_SIDE_PX, DEFAULT_MAX_FACES, DEFAULT_MIN_SCORE, Face, FaceDetector, check_options
 from agegender.errors import AgeGenderError
 from agegender.image import DEFAULT_MAX_PIXELS, Pixels, read_header
-from agegender.model import Model
-from agegender.result import Box, FacePrediction, FacesMode, ImageResult, Item, as_items
+from agegender.model import ChipModel, Model
+from agegender.result import Box, FacePrediction, FacesMode, ImageResult, Item, as_items, scale_box
 from agegender.spec import DEFAULT_MODEL
 
-__all__ = ["DEFAULT_BATCH_SIZE", "Predictor"]
+__all__ = ["DEFAULT_BATCH_SIZE", "STAGES", "Predictor"]
 
-DEFAULT_BATCH_SIZE: Final = 16  # chips; what more of them need does not fit the caches of a CPU
+DEFAULT_BATCH_SIZE: Final = 16  # chips; larger batches no longer fit a CPU's caches and are slower per chip
+
+STAGES: Final = ("decode", "detect", "cut", "predict")
+"""What `on_stage` is told of, in the order of the chain."""
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: str | Path | bytes | Model = DEFAULT_MODEL,
+        model: str | Path | bytes | ChipModel = DEFAULT_MODEL,
         *,
         faces: FacesMode = "detect",
         min_score: float = DEFAULT_MIN_SCORE,
@@ -57,7 +60,7 @@ class Predictor:
         """Loads the model.
 
         Args:
-            model: the artifact's path, its bytes, or a loaded model: a `Model`, or what has its `spec` and `predict`.
+            model: the artifact's path, its bytes, or a loaded model.
             faces: `detect` finds the faces of each image; `whole` takes each image as one face, for directories that
                 are already cut.
             min_score: faces that the detector scores below this are dropped, 0 to 1.
@@ -67,7 +70,7 @@ class Predictor:
             device: where the network runs: auto, cpu, cuda or cuda:N.
             threads: bounds those of torch, OpenCV and detector, for this whole process; None leaves them as they are.
             detector_weights: see `FaceDetector`.
-            on_stage: called with `decode`, `detect`, `cut` or `predict` and its seconds, whenever one has run.
+            on_stage: called with one of `STAGES` and its seconds, whenever one has run.
 
         Raises:
             ModelLoadError: the artifact or the detector's weights cannot be used.
@@ -79,12 +82,12 @@ class Predictor:
             raise ValueError("max_pixels and batch_size must be at least 1")
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
-        if not isinstance(model, str | Path | bytes) and not hasattr(model, "predict"):
+        if not isinstance(model, str | Path | bytes | ChipModel):
             raise TypeError(f"a model is given as its path, its bytes, or loaded, not as {type(model).__name__}")
         if threads is not None:
             torch.set_num_threads(threads)
             cv2.setNumThreads(threads)
-        self.model = Model(model, device=device) if isinstance(model, str | Path | bytes) else model
+        self.model: ChipModel = Model(model, device=device) if isinstance(model, str | Path | bytes) else model
         self.max_pixels = max_pixels
         self.batch_size = batch_size
         self._on_stage = on_stage
@@ -110,9 +113,12 @@ class Predictor:
 
     def stream(self, items: Iterable[Item | bytes]) -> Iterator[ImageResult]:
         """Like `predict`, but yields results as batches of chips fill, with bounded memory."""
+        return self._stream(as_items(items))
+
+    def _stream(self, items: Iterator[Item]) -> Iterator[ImageResult]:
         pending: list[_Cut] = []
         waiting = 0
-        for item in as_items(items):
+        for item in items:
             pending.append(self._cut(item))
             waiting += len(pending[-1].chips)
             if waiting >= self.batch_size or len(pending) >= 4 * self.batch_size:
@@ -138,7 +144,7 @@ class Predictor:
         width, height = encoded.width, encoded.height
         result = ImageResult(item.path, "ok" if faces else "no_face", None, width, height)
         back = (width / pixels.shape[1], height / pixels.shape[0])
-        boxes = tuple(face.scaled(*back).box if face else (0.0, 0.0, float(width), float(height)) for face in faces)
+        boxes = tuple(scale_box(face.box, *back) if face else (0.0, 0.0, float(width), float(height)) for face in faces)
         return _Cut(result, boxes, tuple(face.score if face else None for face in faces), chips)
 
     def _faces(self, pixels: Pixels) -> Sequence[Face | None]:

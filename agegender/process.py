@@ -1,11 +1,14 @@
-"""What this process has of the machine: its cores, and the memory that it freed."""
+"""What this process has of the machine: its cores, the memory that it freed, and the directories that it locks."""
 
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
-__all__ = ["core_count", "keep_freed_memory"]
+__all__ = ["core_count", "directory_lock", "keep_freed_memory"]
 
 # HEAP_MAX_SIZE of glibc's arena.c on 64 bits.
 _HEAP_BYTES: Final = 64 * 2**20
@@ -19,6 +22,24 @@ def core_count() -> int:
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextmanager
+def directory_lock(path: str | Path) -> Iterator[None]:
+    """Holds a directory alone while the context lasts, at most as long as this process lives.
+
+    Raises:
+        BlockingIOError: it is held already, by another process or by this one.
+        OSError: it is missing, no directory, or a link.
+    """
+    import fcntl  # here, since Windows has none
+
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def keep_freed_memory(*, most_bytes: int | None = _KEPT_BYTES) -> None:

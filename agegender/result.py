@@ -6,7 +6,7 @@ from typing import Literal
 
 from agegender.errors import AgeGenderError, ImageTooLargeError
 
-__all__ = ["Box", "FacePrediction", "FacesMode", "ImageResult", "Item", "as_items"]
+__all__ = ["Box", "FacePrediction", "FacesMode", "ImageResult", "Item", "as_items", "scale_box"]
 
 Box = tuple[float, float, float, float]
 
@@ -30,6 +30,12 @@ def as_items(items: Iterable[Item | bytes]) -> Iterator[Item]:
     if isinstance(items, bytes | bytearray | memoryview | str):
         raise TypeError("items must be a list of encoded images; put a single one into a list")
     return (item if isinstance(item, Item) else Item(item) for item in items)
+
+
+def scale_box(box: Box, x: float, y: float) -> Box:
+    """The same box in the same image at x times the width and y times the height."""
+    x1, y1, x2, y2 = box
+    return (x1 * x, y1 * y, x2 * x, y2 * y)
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def interval_name(coverage: float | None) -> str:
 
 
 def read_artifact(path: str | Path) -> tuple[ModelSpec, bytes]:
-    """Reads an artifact without loading it: its description, and its bytes, in which no bit has changed.
+    """Returns the spec and the bytes after checking every CRC, without loading the network.
 
     Raises:
         ModelLoadError: missing, damaged, not TorchScript, without description, or of another format version.
@@ -127,7 +127,7 @@ def read_artifact(path: str | Path) -> tuple[ModelSpec, bytes]:
 
 
 def read_spec(data: bytes, *, name: str) -> ModelSpec:
-    """The description in an artifact's bytes, in which no bit has changed; `name` is what errors call them.
+    """The spec in an artifact's bytes, after checking every CRC; errors call them `name`.
 
     Raises:
         ModelLoadError: see `read_artifact`.

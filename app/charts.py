@@ -14,6 +14,7 @@ _GENDER_COLOURS: Final = {"male": "#4a86f7", "female": "#d6498f"}  # legible on 
 _ACCENT: Final = _GENDER_COLOURS["male"]
 _NEUTRAL: Final = "#7a8699"
 _HEIGHT_PX: Final = 260
+_LEGEND_PX: Final = 66
 _SCALE_HEIGHT_PX: Final = 44
 
 
@@ -74,7 +75,7 @@ def histogram(bins: pd.DataFrame, *, title: str, split: str | None = None) -> al
     ends = [alt.Tooltip(f"{name}:Q", title=title) for name, title in (("start", "from"), ("end", "to"))]
     tooltip = [*ends, alt.Tooltip("count:Q", format=",")]
     return (
-        alt.Chart(bins, height=_HEIGHT_PX)
+        alt.Chart(bins, height=_HEIGHT_PX + (_LEGEND_PX if split else 0))  # the same room for the bars
         .mark_bar(binSpacing=1)
         .encode(
             alt.X("start:Q", bin="binned", title=title),

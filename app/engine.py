@@ -72,7 +72,7 @@ def _load(model: Path, changed_ns: int) -> Predictor:
 
 
 def _choose_server() -> Engine:
-    address = st.text_input("Address", DEFAULT_SERVER, key="address", persist_state="session")
+    address = (st.text_input("Address", DEFAULT_SERVER, key="address", persist_state="session") or "").strip()
     token = st.text_input("Token", type="password", placeholder="from the key file", key="token")
     key_file = st.text_input(
         "Key file",
@@ -83,7 +83,8 @@ def _choose_server() -> Engine:
         key="key_file",
         persist_state="session",
     )
-    client = _connect(address or "", token or None, None if token or not key_file else Path(key_file))
+    path = None if token or not key_file else Path(key_file.strip()).expanduser()
+    client = _connect(address, token or None, path)
     return Engine(client, f"{address} {token} {key_file}")
 
 
@@ -93,7 +94,7 @@ def _connect(address: str, token: str | None, key_file: Path | None) -> Client:
 
 
 def describe_model(engine: Engine, local: Path) -> None:
-    """Name, version, hash and figures of the engine's model, and what it is not for.
+    """Name, version, hash and figures of the engine's model, and where it errs.
 
     Args:
         engine: what predicts.
@@ -125,9 +126,8 @@ def _describe(spec: ModelSpec, sha256: str) -> None:
     }
     st.table({name: figure for name, figure in figures.items() if figure}, border="horizontal")
     st.caption(
-        f"It guesses how a face is perceived, as {spec.training_data} was labelled, not who somebody is, and errs more "
-        "with small children, the very old, and turned, dark, grainy or blurred pictures. Not for decisions about "
-        f"people; weights for {spec.licence}."
+        f"It guesses as {spec.training_data} was labelled, and errs more with small children, the very old, and "
+        "turned, dark, grainy or blurred pictures."
     )
 
 

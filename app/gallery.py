@@ -11,11 +11,11 @@ from agegender import AgeGenderError
 from agegender.draw import cut_recorded_face
 from agegender.result import Box
 from batch.location import decode_path, is_remote, read_bytes
+from batch.request import ScoreOptions
 
 __all__ = ["FaceError", "cut_row"]
 
 _FACE_PX: Final = 256
-_MAX_BYTES: Final = 100_000_000
 
 
 class FaceError(Exception):
@@ -54,4 +54,4 @@ def _changed(path: str) -> int | None:
 @st.cache_data(max_entries=500, show_spinner=False, ttl=600)
 def _cut(path: str, box: Box, size: tuple[int, int], changed: int | None) -> Image.Image:
     """`changed` is for the cache alone."""
-    return cut_recorded_face(read_bytes(path, max_bytes=_MAX_BYTES), box, size, side_px=_FACE_PX)
+    return cut_recorded_face(read_bytes(path, max_bytes=ScoreOptions.max_bytes), box, size, side_px=_FACE_PX)

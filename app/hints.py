@@ -27,8 +27,8 @@ def sharpness(face: Image.Image) -> float:
 
 
 def is_undecided(face: FacePrediction, least_probability: float) -> bool:
-    """Whether the gender's probability is below what the viewer asks for."""
-    return face.gender_probability < least_probability
+    """Whether the gender's probability is below what the viewer asks for, in the per cent that both are shown in."""
+    return round(100 * face.gender_probability) < round(100 * least_probability)
 
 
 def hints_of(face: FacePrediction, sharpness: float) -> list[str]:

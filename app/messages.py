@@ -1,11 +1,16 @@
-"""How text that is not ours is shown: errors as one sentence, names of files as they are."""
+"""What both pages say alike: the title with its notice, counts, errors as one sentence, names of files as they are."""
 
 import re
 from typing import Final
 
 import streamlit as st
 
-__all__ = ["literal", "plain", "sentence", "show_error"]
+__all__ = ["counted", "literal", "plain", "sentence", "show_error", "show_title"]
+
+_NOTICE: Final = (
+    "Guesses of how a face is perceived, not of who somebody is. Not for decisions about people; non-commercial "
+    "research only."
+)
 
 _JOINER: Final = "\u200d"  # of emoji that are made of several
 _MARKDOWN: Final = frozenset(r"\`*_{}[]<>()#+-.!|$:~&")
@@ -13,6 +18,17 @@ _MARKDOWN: Final = frozenset(r"\`*_{}[]<>()#+-.!|$:~&")
 _ADDRESS: Final = re.compile(
     r"""((?:https?://|www\.)[-.\w]\S*?(?=[.,;:!?)\]'"]*(?:\s|$))|[-.\w+]+@[-\w]+(?:\.[-\w]+)+)""", re.IGNORECASE
 )
+
+
+def show_title(title: str) -> None:
+    """A page's title, with what the numbers below it are and what they are not for."""
+    st.title(title, anchor=False)
+    st.caption(_NOTICE)
+
+
+def counted(number: int, name: str) -> str:
+    """The number with its noun."""
+    return f"{number} {name}" if number == 1 else f"{number:,} {name}s"
 
 
 def plain(text: str) -> str:

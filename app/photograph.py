@@ -4,7 +4,6 @@ import io
 from dataclasses import dataclass, replace
 from typing import Final
 
-import numpy as np
 import streamlit as st
 from PIL import Image
 
@@ -12,17 +11,22 @@ from agegender import FacePrediction, ImageResult, decode_image
 from agegender.detector import smallest_face_px
 from agegender.draw import annotate, cut_face
 from agegender.image import Pixels
+from agegender.result import scale_box
 from agegender.spec import interval_name
 from app.charts import age_data, age_scale
 from app.hints import hints_of, is_undecided, sharpness
-from app.messages import literal, plain, sentence
+from app.messages import counted, literal, plain, sentence
 
 __all__ = ["Portrait", "View", "show_card", "show_view"]
 
 _FACE_PX: Final = 96
-_PHOTO_PX: Final = (1920, 1120)  # twice of what is shown, for screens of high density
 _SHOWN_HEIGHT_PX: Final = 560
 _SHOWN_WIDTH_PX: Final = 960
+_DENSITY: Final = 2  # of the sharpest screens
+_LEAST_SHOWN_PX: Final = 360  # of the longer side, where captions are drawn, which would cover a small picture
+_CAPTION_PX: Final = 16
+_PHONE_PX, _PHONE_CAPTION_PX = 360, 11  # there, a wide picture is shown this wide, and a caption still legible
+_FEW_FACES: Final = 3  # leave room for captions of that size
 _CARD_PX: Final = 300
 _CARDS_AT_ONCE: Final = 12
 
@@ -48,7 +52,7 @@ class View:
 
     Attributes:
         result: what the predictor said.
-        photo: JPEG of the annotated photograph; None where it could not be decoded.
+        photo: JPEG of the photograph, without boxes; None where it could not be decoded.
         size: width and height at which it is shown, in pixels of the page.
         portraits: one for each face.
     """
@@ -60,27 +64,48 @@ class View:
 
     @classmethod
     def of(cls, data: bytes, result: ImageResult) -> "View":
-        """Shrinks the photograph to what a page can show, and draws on that; cuts the faces from it as it is."""
+        """Brings the photograph to what a page can show; cuts the faces from it as it is."""
         if result.failed:
             return cls(result)
         pixels = decode_image(data)
         faces = tuple(_portrait(face, cut_face(pixels, face.box)) for face in result.faces)
         height, width = pixels.shape[:2]
         scale = min(1.0, _SHOWN_WIDTH_PX / width, _SHOWN_HEIGHT_PX / height)
+        if faces:
+            scale = max(scale, _LEAST_SHOWN_PX / max(width, height))
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        return cls(result, _jpeg(_annotated(pixels, result)), size, faces)
+        return cls(result, _jpeg(_resized(pixels, size, enlarge=scale > 1)), size, faces)
+
+    def annotated(self, least_probability: float) -> bytes:
+        """JPEG of the photograph with its boxes; captions that were drawn before would shrink with it.
+
+        Args:
+            least_probability: a gender below is called undecided.
+        """
+        assert self.photo
+        if not self.result.faces:
+            return self.photo
+        pixels = decode_image(self.photo)
+        x, y = pixels.shape[1] / (self.result.width or 1), pixels.shape[0] / (self.result.height or 1)
+        faces = tuple(replace(face, box=scale_box(face.box, x, y)) for face in self.result.faces)
+        phone_px = _PHONE_CAPTION_PX * self.size[0] / _PHONE_PX if len(faces) <= _FEW_FACES else 0
+        return _jpeg(
+            annotate(
+                pixels,
+                replace(self.result, faces=faces),
+                font_px=max(_CAPTION_PX, phone_px) * pixels.shape[1] / self.size[0],
+                undecided={face.index for face in faces if is_undecided(face, least_probability)},
+            )
+        )
 
 
-def _annotated(pixels: Pixels, result: ImageResult) -> Image.Image:
-    """The shrunk photograph with its boxes; captions that were drawn before would shrink with it."""
+def _resized(pixels: Pixels, size: tuple[int, int], *, enlarge: bool) -> Image.Image:
     photo = Image.fromarray(pixels)
-    photo.thumbnail(_PHOTO_PX)
-    x, y = photo.width / pixels.shape[1], photo.height / pixels.shape[0]
-    faces = []
-    for face in result.faces:
-        x1, y1, x2, y2 = face.box
-        faces.append(replace(face, box=(x1 * x, y1 * y, x2 * x, y2 * y)))
-    return annotate(np.asarray(photo), replace(result, faces=tuple(faces)))
+    shown = (_DENSITY * size[0], _DENSITY * size[1])
+    if enlarge:
+        return photo.resize(shown)
+    photo.thumbnail(shown)
+    return photo
 
 
 def _portrait(face: FacePrediction, picture: Image.Image) -> Portrait:
@@ -106,26 +131,32 @@ def show_view(view: View, *, key: str, least_probability: float, coverage: float
     """
     if view.photo is None:
         st.error(
-            f"{literal(view.result.path)}: {plain(sentence(view.result.error or ''))}", icon=":material/broken_image:"
+            f"{literal(view.result.path)}: {plain(sentence(_reason(view.result)))}", icon=":material/broken_image:"
         )
         return
     st.subheader(literal(view.result.path), anchor=False)
     st.caption(_summary(view.result))
     if len(view.portraits) in (1, 2):
         with st.container(horizontal=True, gap="medium"):
-            _show_photo(view)
+            _show_photo(view, least_probability)
             with st.container(width=360):
                 for portrait in view.portraits:
                     show_card(portrait, least_probability, coverage)
         return
-    _show_photo(view)
+    _show_photo(view, least_probability)
     if view.portraits:
         _show_cards(view.portraits, key, least_probability, coverage)
 
 
-def _show_photo(view: View) -> None:
-    assert view.photo
-    st.image(view.photo, width=view.size[0], alt=f"{view.result.path} with {len(view.portraits)} marked faces")
+def _reason(result: ImageResult) -> str:
+    """What speaks against an image; a server adds the advice itself."""
+    error = result.error or ""
+    return f"{error}; shrink it" if result.status == "too_large" and "shrink" not in error else error
+
+
+def _show_photo(view: View, least_probability: float) -> None:
+    marked = counted(len(view.portraits), "marked face")
+    st.image(view.annotated(least_probability), width=view.size[0], alt=f"{view.result.path} with {marked}")
 
 
 def _summary(result: ImageResult) -> str:
@@ -139,7 +170,7 @@ def _summary(result: ImageResult) -> str:
             f"{size} · no face found; in a picture of this size, faces from about {least} px are, if they are upright "
             "and look towards the camera"
         )
-    return f"{size} · {len(result.faces)} {'face' if len(result.faces) == 1 else 'faces'}"
+    return f"{size} · {counted(len(result.faces), 'face')}"
 
 
 def _show_cards(portraits: tuple[Portrait, ...], key: str, least_probability: float, coverage: float | None) -> None:
@@ -158,7 +189,7 @@ def show_card(portrait: Portrait, least_probability: float, coverage: float | No
         with st.container(horizontal=True, vertical_alignment="center"):
             st.image(portrait.picture, width=_FACE_PX, alt=f"face {face.index + 1}")
             with st.container(gap="xxsmall", width="stretch"):
-                st.subheader(f"{face.age:.0f} years", anchor=False)
+                st.subheader(counted(round(face.age), "year"), anchor=False)
                 st.caption(f"{interval_name(coverage)}: {face.age_low:.0f} to {face.age_high:.0f}")
         spoken = f"age {face.age:.0f}, from {face.age_low:.0f} to {face.age_high:.0f}"
         st.vega_lite_chart(age_data(face), age_scale(), alt=spoken)
@@ -168,4 +199,4 @@ def show_card(portrait: Portrait, least_probability: float, coverage: float | No
         if face.score is not None:
             st.caption(f"face {face.index + 1}, detector score {face.score:.2f}")
         for hint in hints_of(face, portrait.sharpness):
-            st.caption(f":orange[:material/warning: {hint}]")
+            st.markdown(f":orange[:material/warning: {hint}]")  # a caption would pale it

@@ -1,6 +1,5 @@
 """The page `Batch results`: what an output of the batch job holds, from totals down to single faces."""
 
-import io
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,15 +9,14 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import streamlit as st
 
 from agegender.spec import interval_name
 from app.charts import AGE_END_YEARS, bars, histogram
+from app.export import to_csv, to_parquet
 from app.gallery import FaceError, cut_row
-from app.messages import literal, plain, show_error
+from app.messages import counted, literal, plain, show_error, show_title
 from app.scores import INTERVAL_WIDTH, SORTABLE, Rows, Scores, Selection, read_summary
-from app.try_page import to_csv
 from batch.errors import OutputError
 from batch.summary import time_text
 
@@ -38,6 +36,7 @@ _SORT_NAMES: Final = {
     "path": "path",
 }
 _NUMBER: Final = "number"
+_CHOSEN: Final = "chosen"
 _COLUMNS: Final = {
     "file": st.column_config.TextColumn("file", width="medium"),
     "status": st.column_config.TextColumn("status", width="small"),
@@ -47,8 +46,8 @@ _COLUMNS: Final = {
     "gender": st.column_config.TextColumn("gender", width="small"),
     "gender_probability": st.column_config.ProgressColumn("probability", format="%.2f", min_value=0, max_value=1),
     "score": st.column_config.NumberColumn("score", format="%.2f", width="small"),
-    _NUMBER: st.column_config.NumberColumn("face", width="small", help="The largest of an image is the first"),
-    "faces": st.column_config.NumberColumn("of", width="small"),
+    _NUMBER: st.column_config.NumberColumn("face", width="small", help="Its number; the largest is the first"),
+    "faces": st.column_config.NumberColumn("of", width="small", help="How many faces the image has"),
     "width": st.column_config.NumberColumn("width", format="%d px", width="small"),
     "height": st.column_config.NumberColumn("height", format="%d px", width="small"),
     "error": st.column_config.TextColumn("error", width="medium"),
@@ -62,7 +61,7 @@ def show(out: str) -> None:
     Args:
         out: the directory that is shown first.
     """
-    st.title("Batch results", anchor=False)
+    show_title("Batch results")
     name = st.text_input(
         "Output directory",
         out,
@@ -139,15 +138,24 @@ def _show_charts(scores: Scores, interval: str) -> None:
             with grid.cell():
                 st.markdown(f"**Width of the {interval} of age**")
                 edges = np.arange(0, AGE_END_YEARS + 4, 4)
-                st.altair_chart(histogram(_bins(scores.interval_widths, edges), title="width, years"))
+                widths = scores.interval_widths
+                told = (
+                    f"Widths of the {interval} of {counted(len(widths), 'face')}, median {np.median(widths):.0f} years"
+                )
+                st.altair_chart(histogram(_bins(widths, edges), title="width, years"), alt=told)
         if scores.statuses:
             with grid.cell():
                 st.markdown("**Outcome of each image**")
-                st.altair_chart(bars(_frame(scores.statuses), title="outcome", horizontal=True))
+                _show_bars("Images by outcome", scores.statuses, title="outcome", horizontal=True)
         if scores.faces_per_image:
             with grid.cell():
                 st.markdown("**Faces in each image**")
-                st.altair_chart(bars(_frame(_capped(scores.faces_per_image)), title="faces"))
+                _show_bars("Images by number of faces", _capped(scores.faces_per_image), title="faces")
+
+
+def _show_bars(what: str, counts: dict[str, int], *, title: str, horizontal: bool = False) -> None:
+    told = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+    st.altair_chart(bars(_frame(counts), title=title, horizontal=horizontal), alt=f"{what}: {told}")
 
 
 def _show_ages(scores: Scores) -> None:
@@ -165,7 +173,8 @@ def _show_ages(scores: Scores) -> None:
     )
     edges = np.arange(0, AGE_END_YEARS + years, years)
     frames = [_bins(scores.ages(gender), edges).assign(gender=gender) for gender in scores.genders]
-    chart.altair_chart(histogram(pd.concat(frames), title="age, years", split="gender"))
+    told = f"Ages of {counted(scores.faces, 'face')}, median {scores.median_age:.0f} years"
+    chart.altair_chart(histogram(pd.concat(frames), title="age, years", split="gender"), alt=told)
 
 
 def _bins(values: "np.typing.NDArray[np.float32]", edges: "np.typing.NDArray[np.int64]") -> pd.DataFrame:
@@ -174,11 +183,11 @@ def _bins(values: "np.typing.NDArray[np.float32]", edges: "np.typing.NDArray[np.
 
 
 def _capped(counts: dict[int, int], most: int = 10) -> dict[str, int]:
-    """Counts with all that lies beyond `most` in one."""
+    """Counts of each number from 0, with all that lies beyond `most` in one."""
     capped: Counter[int] = Counter()
     for number, count in counts.items():
         capped[min(number, most)] += count
-    return {f"{number}+" if number == most else str(number): capped[number] for number in sorted(capped)}
+    return {f"{number}+" if number == most else str(number): capped[number] for number in range(max(capped) + 1)}
 
 
 def _frame(counts: dict[str, int]) -> pd.DataFrame:
@@ -197,7 +206,7 @@ def _show_rows(name: str, fingerprint: tuple[Any, ...]) -> None:
 
 
 def _show_selected(scores: Scores, source: int) -> None:
-    """Of other files, or of the same that have changed, no row is chosen: the page keeps a choice by its number."""
+    """Choices are kept as numbers of rows, so a change of the files or of the filters forgets them."""
     selection = _choose_selection(scores)
     rows = hash((source, selection))
     numbers = scores.select(selection)
@@ -207,8 +216,10 @@ def _show_selected(scores: Scores, source: int) -> None:
         return
     pages = -(-len(numbers) // _ROWS_PER_PAGE)
     page = st.pagination(pages, key=f"page-{rows}") if pages > 1 else 1
-    shown = numbers[(page - 1) * _ROWS_PER_PAGE : page * _ROWS_PER_PAGE]
+    first = (page - 1) * _ROWS_PER_PAGE
+    shown = numbers[first : first + _ROWS_PER_PAGE]
     table = scores.rows(shown)
+    chosen = _chosen(rows)
     event = st.dataframe(
         table.append_column("file", _file_names(table)).append_column(_NUMBER, pc.add(table["face"], 1)),
         height=min(_TABLE_PX, 40 + 35 * len(shown)),
@@ -217,12 +228,22 @@ def _show_selected(scores: Scores, source: int) -> None:
         column_config=_COLUMNS,
         on_select="rerun",
         selection_mode="multi-row",
+        selection_default={"selection": {"rows": [number - first for number in chosen.get(page, [])]}},
         placeholder="",
         key=f"rows-{page}-{rows}",
     )
-    chosen = list(event.selection.rows)
-    _show_export(scores, shown[chosen] if chosen else numbers, chosen=bool(chosen), total=len(scores))
-    _show_gallery(table.take(pa.array(chosen, pa.int64())).to_pylist())
+    chosen[page] = [first + number for number in event.selection.rows]
+    picked = numbers[[number for _, of_page in sorted(chosen.items()) for number in of_page]]
+    _show_export(scores, picked if len(picked) else numbers, chosen=bool(len(picked)), total=len(scores))
+    _show_gallery(scores.rows(picked[:_GALLERY]).to_pylist() if len(picked) else [], len(picked))
+
+
+def _chosen(rows: int) -> dict[int, list[int]]:
+    """What has been chosen of a selection, by page: Streamlit forgets it of a page that is not shown."""
+    if st.session_state.get(_CHOSEN, (None,))[0] != rows:
+        st.session_state[_CHOSEN] = (rows, {})
+    chosen: dict[int, list[int]] = st.session_state[_CHOSEN][1]
+    return chosen
 
 
 def _file_names(table: pa.Table) -> pa.Array:
@@ -236,14 +257,16 @@ def _file_name(path: str) -> str:
 
 def _choose_selection(scores: Scores) -> Selection:
     with st.grid(4, min_column_width=150):
-        statuses = st.multiselect("Status", list(scores.statuses), placeholder="all", key="statuses")
-        genders = st.multiselect("Gender", scores.genders, placeholder="all", key="genders")
-        ages = st.slider("Age", 0, AGE_END_YEARS, (0, AGE_END_YEARS), key="ages")
-        least = st.slider("Gender probability from", 50, 100, 50, format="%d%%", key="least_probability")
-        path_part = st.text_input("Path contains", key="path_part")
-        least_score = st.slider("Detector score from", 0.0, 1.0, 0.0, 0.05, key="least_score")
-        sort_by = st.selectbox("Sort by", ["", *SORTABLE], format_func=_sort_name, key="sort_by")
-        descending = st.selectbox("Order", [False, True], format_func=_order_name, key="descending")
+        statuses = st.multiselect("Status", list(scores.statuses), placeholder="all", **_kept("statuses"))
+        genders = st.multiselect("Gender", scores.genders, placeholder="all", **_kept("genders"))
+        ages = st.slider("Age", 0, AGE_END_YEARS, (0, AGE_END_YEARS), **_kept("ages"))
+        least = st.slider("Gender probability from", 50, 100, 50, format="%d%%", **_kept("least_probability"))
+        path_part = st.text_input("Path contains", **_kept("path_part"))
+        least_score = st.slider("Detector score from", 0.0, 1.0, 0.0, 0.05, **_kept("least_score"))
+        sort_by = st.selectbox("Sort by", ["", *SORTABLE], format_func=_sort_name, **_kept("sort_by"))
+        descending = st.selectbox(
+            "Order", [False, True], format_func=_order_name, disabled=not sort_by, **_kept("descending")
+        )
     return Selection(
         statuses=tuple(statuses),
         genders=tuple(genders),
@@ -254,6 +277,11 @@ def _choose_selection(scores: Scores) -> Selection:
         sort_by=sort_by or "",
         descending=bool(descending),
     )
+
+
+def _kept(key: str) -> dict[str, Any]:
+    """Arguments of a widget that keeps its value while another page is shown."""
+    return {"key": key, "persist_state": "session"}
 
 
 def _sort_name(name: str) -> str:
@@ -267,7 +295,7 @@ def _order_name(descending: bool) -> str:
 def _show_export(scores: Scores, numbers: Rows, *, chosen: bool, total: int) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         _download("CSV", lambda: to_csv(scores.rows(numbers)), "text/csv")
-        _download("Parquet", lambda: _to_parquet(scores.rows(numbers)), "application/vnd.apache.parquet")
+        _download("Parquet", lambda: to_parquet(scores.rows(numbers)), "application/vnd.apache.parquet")
         st.caption(f"{len(numbers):,} {'chosen' if chosen else 'filtered'} of {total:,} rows", width="content")
 
 
@@ -276,22 +304,17 @@ def _download(kind: str, content: Callable[[], bytes | str], mime: str) -> None:
     st.download_button(kind, content, f"selection.{kind.lower()}", mime, icon=":material/download:")
 
 
-def _to_parquet(table: pa.Table) -> bytes:
-    sink = io.BytesIO()
-    pq.write_table(table, sink)
-    return sink.getvalue()
-
-
-def _show_gallery(rows: Sequence[dict[str, Any]]) -> None:
+def _show_gallery(rows: Sequence[dict[str, Any]], chosen: int) -> None:
+    """The first rows of so many that were chosen."""
     st.subheader("Faces of the chosen rows", anchor=False)
     if not rows:
         st.caption("Choose rows at the left edge of the table to see their faces.")
         return
-    if len(rows) > _GALLERY:
-        st.caption(f"The first {_GALLERY} of {len(rows)}.")
+    if chosen > len(rows):
+        st.caption(f"The first {len(rows)} of {chosen}.")
     missing = []
     with st.grid(min_column_width=140):
-        for row in rows[:_GALLERY]:
+        for row in rows:
             try:
                 face = cut_row(row)
             except FaceError as error:
@@ -299,11 +322,9 @@ def _show_gallery(rows: Sequence[dict[str, Any]]) -> None:
                 continue
             with st.container(gap="xxsmall"):
                 st.image(face, width="stretch", alt=f"face {row['face'] + 1} of {row['path']}")
-                age = f"{row['age']:.0f} years ({row['age_low']:.0f} to {row['age_high']:.0f})"
+                age = f"{counted(round(row['age']), 'year')} ({row['age_low']:.0f} to {row['age_high']:.0f})"
                 st.caption(f"{plain(row['gender'])} {row['gender_probability']:.0%}, {age}")
-                st.caption(literal(_file_name(row["path"])))
+                st.markdown(literal(_file_name(row["path"])))  # a caption would pale it
     if missing:
-        st.warning(
-            f"{len(missing)} of {len(rows[:_GALLERY])} chosen rows cannot be shown:", icon=":material/hide_image:"
-        )
+        st.warning(f"{len(missing)} of {len(rows)} chosen rows cannot be shown:", icon=":material/hide_image:")
         st.code("\n".join(missing), language=None, wrap_lines=True)

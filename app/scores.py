@@ -62,7 +62,7 @@ class Scores:
 
         Raises:
             OutputError: there is no Parquet file, or one that the batch job did not write.
-            ValueError: the name is none.
+            ValueError: the name is not a valid one.
         """
         output = _output(name)
         self._dataset = _open(output)
@@ -74,7 +74,7 @@ class Scores:
 
         Raises:
             OutputError: there is no such directory, or it cannot be reached.
-            ValueError: the name is none.
+            ValueError: the name is not a valid one.
         """
         return tuple((info.path, info.mtime_ns, info.size) for info in _files(_output(name)))
 
@@ -213,7 +213,10 @@ def _is_file(output: Output) -> bool:
 def _lack(output: Output) -> str:
     """Why a directory has no rows."""
     if output.begun():
-        return f"the run in {output.name} is not finished; its rows appear when it is"
+        return (
+            f"the run in {output.name} is not finished; its rows appear when it is; repeat the command to resume it "
+            "if it was stopped"
+        )
     here = output.filesystem.get_file_info(output.base)
     if here.type is fs.FileType.NotFound:
         return f"{output.name} does not exist; give the directory that `make batch` wrote"

@@ -6,15 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import pyarrow as pa
-import pyarrow.csv
 import streamlit as st
 from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from agegender import AgeGenderError, Item
 from agegender.records import arrow_table, to_json
 from app.engine import Engine, choose_engine, describe_model
-from app.messages import literal, show_error
+from app.export import to_csv
+from app.messages import counted, literal, show_error, show_title
 from app.photograph import View, show_view
 
 __all__ = ["show"]
@@ -32,7 +31,7 @@ def show(model: Path) -> None:
     Args:
         model: the artifact for predictions in this process.
     """
-    st.title("Age and gender from a face", anchor=False)
+    show_title("Age and gender from a face")
     items = _choose_items()
     with st.sidebar:
         choice, threshold, about = st.container(), st.container(), st.container()
@@ -90,7 +89,7 @@ def _choose_items() -> list[Item]:
     uploads: list[Item] = st.session_state.get(_UPLOADS, [])
     if uploads and not files:
         st.button(
-            f"Remove {_counted(len(uploads), 'photograph')}",
+            f"Remove {counted(len(uploads), 'photograph')}",
             icon=":material/delete:",
             on_click=_take_uploads,
         )
@@ -149,7 +148,7 @@ def _key(item: Item, engine: Engine) -> str:
 def _show_views(views: Sequence[View], least_probability: float, coverage: float | None) -> None:
     _show_downloads(views)
     if len(views) > 1:
-        st.caption(_told(views))
+        st.markdown(_told(views))
     first = 0
     if len(views) > _VIEWS_PER_PAGE:
         first = (st.pagination(-(-len(views) // _VIEWS_PER_PAGE), key="views_page") - 1) * _VIEWS_PER_PAGE
@@ -161,17 +160,13 @@ def _told(views: Sequence[View]) -> str:
     """Totals, and the names of files that failed, which may be shown on a later page."""
     failed = [view.result.path for view in views if view.result.failed]
     told = (
-        f"{_counted(len(views) - len(failed), 'photograph')} · {_counted(sum(len(v.portraits) for v in views), 'face')}"
+        f"{counted(len(views) - len(failed), 'photograph')} · {counted(sum(len(v.portraits) for v in views), 'face')}"
     )
     if not failed:
         return told
     names = ", ".join(map(literal, failed[:_NAMES]))
     more = f" and {len(failed) - _NAMES} more" if len(failed) > _NAMES else ""
-    return f"{told} · {_counted(len(failed), 'file')} that cannot be used: {names}{more}"
-
-
-def _counted(number: int, name: str) -> str:
-    return f"{number} {name}" if number == 1 else f"{number} {name}s"
+    return f"{told} · {counted(len(failed), 'file')} that cannot be used: {names}{more}"
 
 
 def _show_downloads(views: Sequence[View]) -> None:
@@ -193,10 +188,3 @@ def _show_downloads(views: Sequence[View]) -> None:
             on_click="ignore",
             icon=":material/download:",
         )
-
-
-def to_csv(table: pa.Table) -> bytes:
-    """The table as CSV with a head line."""
-    sink = pa.BufferOutputStream()
-    pyarrow.csv.write_csv(table, sink)
-    return sink.getvalue().to_pybytes()

@@ -5,23 +5,21 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from batch.interrupts import INTERRUPTED, heed_interrupts, unless_stuck
+from batch.interrupts import INTERRUPTED, exit_if_stuck, heed_interrupts
 from batch.progress import tell
 from batch.request import Request, Resources, ScoreOptions
 
-# Ray and torch read these when they are imported. One thread a process, since there is a process for each core; nothing
-# is sent anywhere; nothing listens beyond this machine; no process is started ahead, since Ray would wait without end
-# where one dies at it; workers have this process's priority, and not the lowest but four, with which they stand still
-# beside anything else that is busy.
+# Ray and torch read these when they are imported.
 _ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_prestart_worker_first_driver": "0",
-    "RAY_worker_niceness": "0",
+    "OMP_NUM_THREADS": "1",  # there is a process for each core
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # nothing listens beyond this machine
+    "RAY_prestart_worker_first_driver": "0",  # Ray would wait for ever for such a process that dies at its start
+    "RAY_worker_niceness": "0",  # at Ray's 15, workers stand still beside anything else that is busy
 }
 
 _DONE, _WRONG_CALL = 0, 2
@@ -51,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reporting = given[:1] == ["report"]
     options = _report_parser().parse_args(given[1:]) if reporting else _parse(given)
     _open_streams()
-    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    _prepare_environment()
     if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr does, it tells of names in any encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     handled = heed_interrupts()
     try:
-        with unless_stuck(handled):
+        with exit_if_stuck(handled):
             return _run(_report if reporting else _score, options)
     except Exception:
         if not handled.is_set():  # or it comes of the interrupt, as an ImportError does of one inside of a library
@@ -66,6 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         tell(sys.stderr, "\nbatch: " + "; ".join(["interrupted", *interrupt.args]) + "\n")
         return INTERRUPTED
+
+
+def _prepare_environment() -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # The libraries use what is deprecated, and a caller may have made errors of that, here and in Ray's processes.
+    os.environ.pop("PYTHONWARNINGS", None)
+    warnings.simplefilter("ignore", DeprecationWarning)
 
 
 def _open_streams() -> None:
@@ -81,7 +87,7 @@ def _open_streams() -> None:
 
 
 def _parse(given: Sequence[str]) -> argparse.Namespace:
-    """Options may stand anywhere, unless a `--` says that none follow, which the parser for that would not see."""
+    """Accepts options between positionals, except after `--`, which `parse_intermixed_args` ignores."""
     parser = _parser()
     options = parser.parse_args(given) if "--" in given else parser.parse_intermixed_args(given)
     if options.device and not options.gpus:
@@ -102,8 +108,11 @@ def _run(action: Callable[[argparse.Namespace], None], options: argparse.Namespa
 
 
 def _score(options: argparse.Namespace) -> None:
+    from batch.errors import RequestError
     from batch.run import run_batch
 
+    if sys.flags.optimize > 1:
+        raise RequestError("Ray does not work without docstrings; unset PYTHONOPTIMIZE, or leave -OO out")
     if options.samples:
         _write_samples(options.sources[0], dry_run=options.dry_run)
     stream = sys.stdout  # while the engine runs, `sys.stdout` is for its libraries
@@ -144,21 +153,28 @@ def _request(options: argparse.Namespace) -> Request:
         out=options.out,
         model=options.model,
         options=ScoreOptions(
-            options.faces, options.min_score, options.max_faces, options.max_pixels, options.max_bytes
+            faces=options.faces,
+            min_score=options.min_score,
+            max_faces=options.max_faces,
+            max_pixels=options.max_pixels,
+            max_bytes=options.max_bytes,
         ),
         mode=options.mode,
         follow_links=options.follow_links,
         max_bad=options.max_bad,
         dry_run=options.dry_run,
         resources=Resources(
-            _address(options.address), options.workers, options.gpus, options.device or Resources.device
+            address=_address(options.address),
+            workers=options.workers,
+            gpus=options.gpus,
+            device=options.device or Resources.device,
         ),
     )
 
 
 def _address(given: str | None) -> str | None:
-    address = given or os.environ.get("RAY_ADDRESS")
-    return None if address == "local" else address  # Ray's word for a private one
+    address = (given or os.environ.get("RAY_ADDRESS", "")).strip()
+    return None if address in ("", "local") else address  # Ray's word for a private one
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -204,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--follow-links", action="store_true", help="enter links to directories, each directory once")
     how.add_argument("--dry-run", action="store_true", help="list and estimate, and write nothing")
-    how.add_argument("--workers", type=_count, default=0, help="processes that work on images (default: one a core)")
+    how.add_argument("--workers", type=_positive, default=0, help="processes that work on images (default: one a core)")
     how.add_argument(
         "--gpus",
         type=_count,
@@ -234,6 +250,12 @@ def _report_parser() -> argparse.ArgumentParser:
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
 
 

@@ -1,7 +1,6 @@
 """Ray for the duration of a job: a cluster's, or a private one that leaves nothing behind."""
 
 import contextlib
-import fcntl
 import glob
 import logging
 import os
@@ -16,8 +15,9 @@ from typing import Any, Final
 
 import ray
 
-from agegender.process import core_count
-from batch.errors import JobError, RequestError, first_line
+from agegender.process import core_count, directory_lock
+from batch.errors import BatchError, JobError, RequestError, first_line
+from batch.interrupts import told_if_killed
 from batch.request import Resources
 
 __all__ = ["quiet", "running_engine", "worker_count"]
@@ -28,6 +28,7 @@ _OBJECT_STORE_BYTES: Final = 256 * 2**20
 _SCRATCH: Final = "agegender-ray-"
 _STARTS: Final = 3
 _ANSWER_S: Final = 10.0
+_ANY_CLUSTER: Final = "auto"  # Ray's word for one that runs on this machine
 
 
 @contextlib.contextmanager
@@ -36,10 +37,10 @@ def running_engine(resources: Resources) -> Iterator[None]:
 
     Raises:
         JobError: it does not start.
-        RequestError: it has fewer GPUs than asked for.
+        RequestError: it has fewer GPUs than asked for, or the address is none of a cluster.
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with _scratch() as folder, quiet(os.path.join(folder, "engine.log")):
+    with _scratch() as folder, told_if_killed(), quiet(os.path.join(folder, "engine.log")):
         try:
             _start(resources, folder)
         except SystemExit:  # of Ray's own handler, which says nothing
@@ -75,13 +76,31 @@ def _start(resources: Resources, folder: str) -> None:
             return
         except Exception as error:  # Ray raises bare ones here
             ray.shutdown()
-            if "AF_UNIX path length" in str(error):
-                raise JobError(
-                    f"{tempfile.gettempdir()} is too long a name for the directory of Ray's sockets; set TMPDIR to a "
-                    "shorter one"
+            refusal = _refusal(error, resources.address)
+            if refusal or attempt + 1 == _STARTS:
+                raise refusal or JobError(
+                    f"Ray did not start: {first_line(error)} Nothing is lost; try again."
                 ) from error
-            if resources.address or attempt + 1 == _STARTS:
-                raise JobError(f"Ray did not start: {first_line(error)} Nothing is lost; try again.") from error
+
+
+def _refusal(error: Exception, address: str | None) -> BatchError | None:
+    """What to tell of a start where trying again cannot help; None where it may."""
+    if address == _ANY_CLUSTER:
+        return RequestError(
+            f"no Ray cluster runs on this machine, as {address} asks for; start one, or see --address and RAY_ADDRESS"
+        )
+    if address:
+        return JobError(f"Ray does not join {address}: {first_line(error)}; see --address and RAY_ADDRESS")
+    if "AF_UNIX path length" in str(error):
+        return JobError(
+            f"{tempfile.gettempdir()} is too long a name for the directory of Ray's sockets; "
+            "set TMPDIR to a shorter one"
+        )
+    if isinstance(error, UnicodeEncodeError):
+        return JobError(
+            f"{tempfile.gettempdir()} is a name that Ray cannot use in this locale; set TMPDIR to an ASCII name"
+        )
+    return None
 
 
 def _check_gpus(resources: Resources) -> None:
@@ -92,9 +111,14 @@ def _check_gpus(resources: Resources) -> None:
 
 def _check_answers(address: str) -> None:
     """Ray itself tries for minutes, without a word."""
+    if address == _ANY_CLUSTER:
+        return
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdecimal():
-        return  # such as `auto`
+        raise RequestError(
+            f"{address} is no address of a Ray cluster; give HOST:PORT, ray://HOST:PORT or auto, or local for a "
+            "private one, see --address and RAY_ADDRESS"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
     except (OSError, OverflowError) as error:
@@ -105,7 +129,7 @@ def _check_answers(address: str) -> None:
 def _scratch() -> Iterator[str]:
     """A directory for Ray's sockets and logs; those that killed runs have left go too."""
     for old in glob.glob(os.path.join(glob.escape(tempfile.gettempdir()), f"{_SCRATCH}*")):
-        with contextlib.suppress(OSError), _lock(old):
+        with contextlib.suppress(OSError), directory_lock(old):
             shutil.rmtree(old, ignore_errors=True)
     with contextlib.ExitStack() as stack:
         folder = _own_folder(stack)
@@ -116,24 +140,13 @@ def _scratch() -> Iterator[str]:
 
 
 def _own_folder(stack: contextlib.ExitStack) -> str:
-    """A new directory, locked; another run may take one for left behind in the moment before the lock."""
+    """Creates and locks a directory; tries again if another run deleted it as abandoned before the lock."""
     while True:
         folder = tempfile.mkdtemp(prefix=_SCRATCH)
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
-            stack.enter_context(_lock(folder))
+            stack.enter_context(directory_lock(folder))
             if os.path.isdir(folder):
                 return folder
-
-
-@contextlib.contextmanager
-def _lock(folder: str) -> Iterator[None]:
-    """Holds a directory as long as this process lives; BlockingIOError if another process does."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -32,8 +32,8 @@ class _ModelProcess:
         keep_freed_memory()
         self._model = Model(model, device=device)
 
-    def spec(self) -> ModelSpec:
-        return self._model.spec
+    def about(self) -> tuple[ModelSpec, str]:
+        return self._model.spec, self._model.sha256
 
     def predict(self, chips: Pixels) -> "Predictions":
         return self._model.predict(chips)
@@ -43,13 +43,15 @@ class RemoteModel:
     """Stands for a `Model` in `Predictor`; each call goes to one of several processes.
 
     Attributes:
-        spec: see `Model`.
+        spec: see `ChipModel`.
+        sha256: see `ChipModel`.
     """
 
     def __init__(self, processes: list[Any]) -> None:
         """Takes the actors of `start_models`, and waits until one answers."""
         self._processes = processes
-        self.spec: ModelSpec = ray.get(random.choice(processes).spec.remote())
+        about: tuple[ModelSpec, str] = ray.get(random.choice(processes).about.remote())
+        self.spec, self.sha256 = about
 
     def predict(self, chips: Pixels) -> "Predictions":
         """See `Model.predict`."""

@@ -29,7 +29,9 @@ from batch.scorer import BLOCK_SCHEMA, Scorer
 
 __all__ = ["score_manifest"]
 
-_POLL_S: Final = 0.25
+# How often the tally is asked, before the first result and after it.
+_FIRST_POLL_S, _POLL_S = 0.25, 1.0
+
 _STUCK_S: Final = 1800
 _TALLY_S: Final = 5
 _STOP_S: Final = 5
@@ -68,8 +70,8 @@ def score_manifest(
         options: what the values depend on.
         model: the artifact.
         resources: where the job runs.
-        on_progress: called several times a second, in this thread, with what this call has come to. What it raises
-            ends the job.
+        on_progress: called once a second or more often, in this thread, with what this call has come to. What it
+            raises ends the job.
 
     Raises:
         JobError: the job cannot go on.
@@ -80,9 +82,11 @@ def score_manifest(
     pipeline = _Pipeline(output, run, options, model, resources, tally)
     pipeline.start()
     patience = _Patience()
+    report: BlockReport | None = None
     try:
-        while not pipeline.ended.wait(_POLL_S):
-            patience.look(_poll(tally, on_progress))
+        while not pipeline.ended.wait(_POLL_S if report and report.statuses else _FIRST_POLL_S):
+            report = _poll(tally, on_progress)
+            patience.look(report)
     finally:
         pipeline.stop()
     if pipeline.error is not None:
@@ -157,13 +161,10 @@ class _Pipeline(threading.Thread):
         self.ended = threading.Event()  # Python before 3.13 takes a thread for ended when a join with it is interrupted
         self._output = output
         self._run = run
-        self._model = ray.put(model)  # what starts again needs it as long as the job goes on
-        self._constructor = {
-            "options": options,
-            "model": model,
-            "models": start_models(self._model, resources) if resources.gpus else [],
-            "tally": tally,
-        }
+        self._constructor = {"options": options, "model": model, "tally": tally}
+        if resources.gpus:
+            self._model = ray.put(model)  # processes that start again need it as long as the job goes on
+            self._constructor["model"] = start_models(self._model, resources)
         self._workers = min(worker_count(resources), run.blocks)  # each takes seconds of a processor to start
 
     def run(self) -> None:

@@ -14,7 +14,6 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import pyarrow as pa
@@ -54,27 +53,30 @@ class Input(NamedTuple):
     error: str | None = None
 
 
-@dataclass
 class Listing:
-    """Iterates the inputs of some sources, each once.
+    """Finds the inputs of some sources, each once.
 
     A source is a directory (walked recursively), a quoted glob, a `.txt` list with a path in each line, a `.parquet`
     list with a column `path`, a single file, or any of these behind a URI such as `s3://bucket/prefix`.
 
     Attributes:
         sources: names, see `batch.location`.
-        skip: a directory that is not entered, for an output that lies inside a source.
-        follow_links: enters links to directories, each directory once.
-        known: digests of names that are left out, see `digest`.
-        excluded: how many were left out, by reason; complete after the iteration.
+        excluded: how many the last call of `inputs` has left out, by reason; complete when that is exhausted.
     """
 
-    sources: Sequence[str]
-    skip: str | None = None
-    follow_links: bool = False
-    known: set[bytes] = field(default_factory=set)
-    excluded: Counter[str] = field(default_factory=Counter)
-    _visited: set[tuple[int, int]] = field(default_factory=set, init=False, repr=False)
+    def __init__(self, sources: Sequence[str], skip: str | None = None, follow_links: bool = False) -> None:
+        """Takes the names; touches nothing.
+
+        Args:
+            sources: names, see `batch.location`.
+            skip: a directory that is not entered, for an output that lies inside a source.
+            follow_links: enters links to directories, each directory once.
+        """
+        self.sources = sources
+        self.excluded: Counter[str] = Counter()
+        self._skip = skip
+        self._follow_links = follow_links
+        self._visited: set[tuple[int, int]] = set()
 
     def check(self) -> None:
         """Looks whether each source is there, and will stay there.
@@ -88,7 +90,7 @@ class Listing:
             except (OSError, ValueError) as error:
                 raise SourceError(f"{source} cannot be reached: {first_line(error)}") from error
             if not there and not _is_glob(source):
-                raise SourceError(f"{source} does not exist")
+                raise SourceError(f"{source} does not exist; check the name, or give another source")
             if _is_glob(source) and any(b"**" in part != b"**" for part in decode_path(source).split(b"/")):
                 raise SourceError(f"{source} is no pattern: ** stands for directories, and for no part of a name")
             if self._is_skipped(source):
@@ -100,27 +102,38 @@ class Listing:
                 # So that a list without paths is told of before anything is deleted.
                 next(_read_list(source, Counter()), None)
 
-    def __iter__(self) -> Iterator[Input]:
+    def inputs(self, known: set[bytes] | None = None) -> Iterator[Input]:
+        """Lists the sources.
+
+        Args:
+            known: digests of names to leave out, see `digest`; what is found is added to them.
+
+        Raises:
+            SourceError: a list cannot be read.
+            OSError: an object store does not answer.
+        """
+        self.excluded.clear()
         self._visited = set()
-        may_repeat = len(self.sources) > 1 or bool(self.known) or any(map(_may_repeat, self.sources))
+        if known is None and len(self.sources) == 1 and not _may_repeat(self.sources[0]):
+            return self._all()
+        return self._once(set() if known is None else known)
+
+    def _once(self, known: set[bytes]) -> Iterator[Input]:
         for each in self._all():
-            if not may_repeat:
-                yield each
-                continue
             key = digest(each.path)
-            if key in self.known:
+            if key in known:
                 self.excluded["named twice or already in the output"] += 1
                 continue
-            self.known.add(key)
+            known.add(key)
             yield each
 
     def _is_skipped(self, name: str) -> bool:
         """Whether it is the output or lies there, by whatever name."""
-        if self.skip is None or is_remote(name) != is_remote(self.skip):
+        if self._skip is None or is_remote(name) != is_remote(self._skip):
             return False
         if is_remote(name):
-            return f"{name}/".startswith(f"{self.skip}/")
-        return (os.path.realpath(decode_path(name)) + b"/").startswith(_real_path(self.skip) + b"/")
+            return f"{name}/".startswith(f"{self._skip}/")
+        return (os.path.realpath(decode_path(name)) + b"/").startswith(_real_path(self._skip) + b"/")
 
     def _all(self) -> Iterator[Input]:
         for source in self.sources:
@@ -148,7 +161,7 @@ class Listing:
         if not os.path.isdir(path):
             if not inside:
                 yield Input(encode_path(path))
-        elif os.path.islink(path) and not self.follow_links:
+        elif os.path.islink(path) and not self._follow_links:
             self.excluded["link to a directory"] += 1
         elif inside:
             self.excluded[_REACHED] += 1
@@ -157,9 +170,9 @@ class Listing:
 
     def _walk(self, root: bytes) -> Iterator[Input]:
         """All files below a directory; hidden ones too."""
-        visited = self._visited if self.follow_links else set[tuple[int, int]]()
-        if self.skip is not None and os.path.isdir(decode_path(self.skip)):
-            visited.add(_identity(decode_path(self.skip)))
+        visited = self._visited if self._follow_links else set[tuple[int, int]]()
+        if self._skip is not None and os.path.isdir(decode_path(self._skip)):
+            visited.add(_identity(decode_path(self._skip)))
         folders, linked = [root], list[bytes]()
         while folders or linked:  # links last, so that in one source a directory has its own name
             folder = folders.pop() if folders else linked.pop()
@@ -179,7 +192,7 @@ class Listing:
             yield Input(encode_path(entry.path))
         elif not entry.is_symlink():
             folders.append(entry.path)
-        elif self.follow_links:
+        elif self._follow_links:
             linked.append(entry.path)
         else:
             self.excluded["link to a directory"] += 1
@@ -206,7 +219,7 @@ class Listing:
                 name = f"{scheme}://{info.path}"
                 if info.type is not fs.FileType.Directory:
                     yield Input(name)
-                elif name == self.skip:
+                elif name == self._skip:
                     self.excluded[_REACHED] += 1
                 elif info.path.rstrip("/") == folder.rstrip("/"):  # what pyarrow makes of two slashes in a row
                     yield Input(f"{name}//", "the directory cannot be listed: it has no name between two slashes")
@@ -255,7 +268,7 @@ def _expand(pattern: bytes) -> Iterator[tuple[bytes, OSError | None]]:
 
 
 def _left_of(parts: list[bytes], entry: "os.DirEntry[bytes]") -> list[bytes] | None:
-    """What of a pattern is to be matched behind an entry that its first part matches; None if that does not."""
+    """The parts still to match below this entry; None if the entry does not match the first part."""
     if parts[0] == b"**":
         return parts if _is_directory(entry) and not entry.is_symlink() else None
     # As text: in bytes, a `?` would stand for a part of a letter.

@@ -108,7 +108,8 @@ class Output:
         self.name = name
         self.filesystem, self.base = filesystem_of(name)
         self.is_local = isinstance(self.filesystem, fs.LocalFileSystem)
-        self.check_held = _free  # see `locked`
+        self.check_held = _always_held  # see `locked`
+        self._created: list[str] = []  # directories that `check_writable` has made, innermost first
 
     def path(self, *parts: str) -> str:
         """A path on `filesystem` below the directory."""
@@ -126,15 +127,14 @@ class Output:
         """Directory of Ray's checkpoint."""
         return self.path(_RUN, run.id, "checkpoint")
 
-    def staging(self) -> str:
-        """A new directory where final files are written before they appear, of no other call."""
-        return self.path(_RUN, f"{_STAGING}{secrets.token_hex(4)}")
-
-    def clear_staging(self) -> None:
-        """Deletes what calls that were killed have written aside."""
+    def new_staging(self) -> str:
+        """Creates a directory where final files are written before they appear; those of calls that were killed go."""
         for info in self.list(self.path(_RUN)):
             if info.base_name.startswith(_STAGING):
                 self.remove(info)
+        staging = self.path(_RUN, f"{_STAGING}{secrets.token_hex(4)}")
+        self.filesystem.create_dir(staging, recursive=True)
+        return staging
 
     def begun(self) -> bool:
         """Whether a run goes on or was stopped there, if only while it listed its inputs."""
@@ -145,7 +145,8 @@ class Output:
         try:
             text = self._read(_RUN_FILE)
             run = None if text is None else _run_from(json.loads(text))
-            return run if run and self.list(self.manifest(run)) else None  # or one put it back that woke up too late
+            # Without its manifest, run.json was written back by a run that had been replaced.
+            return run if run and self.list(self.manifest(run)) else None
         except (ValueError, KeyError, TypeError):
             return None  # a power cut left a piece of it, and whatever stands beside it may be no better
 
@@ -163,7 +164,10 @@ class Output:
         """
         try:
             if (text := self._read(_SUMMARY_FILE)) is None:
-                raise OutputError(f"{self.name} is not a finished output: it has no {_SUMMARY_FILE}")
+                raise OutputError(
+                    f"{self.name} is not a finished output: it has no {_SUMMARY_FILE}; score it with "
+                    "`python -m batch SOURCE DIR`, or finish the run"
+                )
             summary = dict(json.loads(text))
             _model_text(_run_from(summary["run"]).model)
             wrong = [name for name, kinds in _SUMMARY.items() if not isinstance(summary[name], kinds)]
@@ -227,17 +231,25 @@ class Output:
             )
 
     def check_writable(self) -> None:
-        """Creates the directory and writes a byte there.
+        """Creates the directory and a file there. `locked` deletes it at its end, if nothing has come into it.
 
         Raises:
             OutputError: that fails.
         """
+        self._created = _missing_folders(self.base) if self.is_local else []
         probe = f"{_RUN}/probe-{secrets.token_hex(4)}"
         try:
             self.write(probe, "")
             self.filesystem.delete_file(self.path(probe))
         except OSError as error:
+            self._drop_created()
             raise OutputError(f"cannot write to {self.name}: {_reason(error)}") from error
+
+    def _drop_created(self) -> None:
+        self.drop_empty_run()
+        with contextlib.suppress(OSError):  # the first that holds something
+            for folder in self._created:
+                os.rmdir(folder)
 
     def clear(self, *, but: Run | None = None) -> None:
         """Deletes what this program wrote there, and nothing else; what a new run has listed stays."""
@@ -255,15 +267,18 @@ class Output:
         for info in sorted(entries, key=lambda info: info.path != self.path(_RUN_FILE)):
             if but is None or info.base_name != but.id:
                 self.remove(info)
-        if but is None and self.begun() and not self.list(self.path(_RUN)):
-            self.check_held()
-            self.filesystem.delete_dir(self.path(_RUN))
+        if but is None:
+            self._remove_empty_run()
 
     def drop(self, run: Run) -> None:
         """Deletes what a run has listed, and nothing else."""
-        self.filesystem.delete_dir(self.path(_RUN, run.id))
-        if not self.list(self.path(_RUN)):
-            self.filesystem.delete_dir(self.path(_RUN))
+        self.remove(self.filesystem.get_file_info(self.path(_RUN, run.id)))
+        self._remove_empty_run()
+
+    def _remove_empty_run(self) -> None:
+        folder = self.filesystem.get_file_info(self.path(_RUN))
+        if folder.type is fs.FileType.Directory and not self.list(folder.path):
+            self.remove(folder)
 
     def drop_empty_run(self) -> None:
         """Deletes `_run/` where nothing is in it, as a message that was written through it leaves it."""
@@ -334,22 +349,23 @@ class Output:
             OutputError: another run holds it.
             JobError: another run has taken over.
         """
-        with self._local_lock() if self.is_local else self._lease() as self.check_held:
+        guard = self._local_lock() if self.is_local else self._lease()
+        with guard as self.check_held:
             try:
                 yield
             except OSError:
                 self.check_held()  # a successor that tidied up may be the reason
                 raise
             finally:
-                self.check_held = _free
-                self.drop_empty_run()
+                self.check_held = _always_held
+                self._drop_created()
 
     @contextlib.contextmanager
     def _local_lock(self) -> Iterator[Callable[[], None]]:
         descriptor = os.open(self.base, os.O_RDONLY)
         try:
             self._lock(descriptor)
-            yield _free
+            yield _always_held
         finally:
             os.close(descriptor)
 
@@ -358,6 +374,8 @@ class Output:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise self._in_use() from None
+        if not os.path.samefile(descriptor, self.base):  # another run has just ended, and deleted it as empty
+            raise self._in_use()
 
     @contextlib.contextmanager
     def _lease(self) -> Iterator[Callable[[], None]]:
@@ -386,8 +404,17 @@ class Output:
         return self.read_bytes(path).decode()
 
 
-def _free() -> None:
+def _always_held() -> None:
     """Stands for the question whether a run still holds a directory that none can take over."""
+
+
+def _missing_folders(path: str) -> list[str]:
+    """Those of a directory and the ones around it that are not there, innermost first."""
+    missing: list[str] = []
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    return missing
 
 
 def _reason(error: OSError) -> str:

@@ -20,11 +20,24 @@ __all__ = ["preview"]
 
 _SAMPLE: Final = 24
 _SUFFIXES: Final = 8
+# As measured on two cores that did nothing else: Ray's start, and that of the processes that load the network.
+_START_S: Final = 9
 
 
-def preview(request: Request, listing: Listing, say: Callable[[str], None]) -> None:
-    """Lists the sources and scores a random handful of files in this process."""
-    sample, suffixes = _draw(listing, random.Random(0))
+def preview(request: Request, listing: Listing, known: set[bytes] | None, say: Callable[[str], None]) -> None:
+    """Lists the sources and scores a random handful of files in this process.
+
+    Args:
+        request: what the caller asks for.
+        listing: of its sources.
+        known: see `Listing.inputs`.
+        say: takes each message to people.
+
+    Raises:
+        RequestError: the model cannot be loaded.
+        SourceError: a source cannot be listed.
+    """
+    sample, suffixes = _draw(listing.inputs(known), random.Random(0))
     total = sum(suffixes.values())
     say(f"{total:,} files in {', '.join(listing.sources)}")
     for suffix, count in suffixes.most_common(_SUFFIXES):
@@ -36,7 +49,8 @@ def preview(request: Request, listing: Listing, say: Callable[[str], None]) -> N
     statuses, seconds = _try(request, sample)
     workers = request.resources.workers or core_count()
     say(f"tried {len(sample)}: " + ", ".join(f"{count} {status}" for status, count in statuses.most_common()))
-    say(f"about {_duration(seconds / len(sample) * total / workers)} with {workers} processes, and some to start")
+    duration = _duration(seconds / len(sample) * total / workers)
+    say(f"about {duration} with {workers} processes, after about {_START_S} s to start")
 
 
 def _draw(inputs: Iterable[Input], generator: random.Random) -> tuple[list[Input], Counter[str]]:

@@ -8,8 +8,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Final, Protocol, TextIO
 
-from tqdm import tqdm
-
 __all__ = ["GOOD", "BlockReport", "Listener", "Progress", "Tally", "bad_count", "tell"]
 
 # The statuses of inputs that were looked at.
@@ -160,6 +158,8 @@ class Progress:
     def _text(self, now: float, done: int, bad: int) -> str:
         if self._first is None:
             return f"starting ({self._before:,} of {self._total:,} images done before)"
+        from tqdm import tqdm  # here, for an interrupt while it is imported would come before it is heeded
+
         since, first = self._first
         elapsed = now - since
         text = tqdm.format_meter(

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -85,7 +86,7 @@ def _read_part(output: Output, checkpoint: str, files: list[str]) -> pa.Table | 
 
 
 def _of_blocks(table: pa.Table, blocks: frozenset[int]) -> pa.Table:
-    return table.filter(pa.compute.is_in(table["block"], pa.array(sorted(blocks), pa.int64())))
+    return table.filter(pc.is_in(table["block"], pa.array(sorted(blocks), pa.int64())))
 
 
 def publish(output: Output, run: Run, parts: list[Part]) -> None:
@@ -102,9 +103,7 @@ def publish(output: Output, run: Run, parts: list[Part]) -> None:
     Raises:
         IncompleteError: an input has no outcome, and nothing is in place then; or what was put into place is not there.
     """
-    output.clear_staging()
-    staging = output.staging()
-    output.filesystem.create_dir(staging, recursive=True)
+    staging = output.new_staging()
     sizes = _stage(output, run, parts, staging)
     for name in sizes:
         output.check_held()
@@ -123,7 +122,7 @@ def _stage(output: Output, run: Run, parts: list[Part], staging: str) -> dict[st
     """Writes the final files aside; returns their names and sizes in bytes."""
     sizes: dict[str, int] = {}
     seen = np.zeros(run.inputs, bool)
-    schema = FINAL_SCHEMA.with_metadata(_file_metadata(run))
+    metadata = _file_metadata(run)
     for number, table in enumerate(_tables(output, parts)):
         places = table["id"].to_numpy() - run.first_id
         if places.min() < 0 or places.max() >= run.inputs:
@@ -131,7 +130,7 @@ def _stage(output: Output, run: Run, parts: list[Part], staging: str) -> dict[st
         seen[places] = True
         name = f"faces-{run.id}-{number:05}.parquet"
         with output.filesystem.open_output_stream(f"{staging}/{name}") as stream:
-            pq.write_table(table.replace_schema_metadata(schema.metadata), stream, compression="zstd")
+            pq.write_table(table.replace_schema_metadata(metadata), stream, compression="zstd")
             sizes[name] = stream.tell()
         output.sync(f"{staging}/{name}")
     if not seen.all():

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from agegender import AgeGenderError
 from agegender.draw import cut_recorded_face
@@ -80,15 +81,15 @@ class _Gathered:
         for status in table["status"].unique().to_pylist():
             wanted = _EXAMPLES - len(self.examples[status])
             if status != "ok" and wanted > 0:
-                rows = table.filter(pa.compute.equal(table["status"], status)).slice(0, wanted)
+                rows = table.filter(pc.equal(table["status"], status)).slice(0, wanted)
                 self.examples[status] += rows.to_pylist()
-        width = pa.compute.subtract(table["age_high"], table["age_low"]).drop_null().to_numpy()
+        width = pc.subtract(table["age_high"], table["age_low"]).drop_null().to_numpy()
         for step, count in zip(*np.unique(width // _WIDTH_STEP_YEARS, return_counts=True), strict=True):
             self.widths[int(step)] += int(count)
         self._keep_worst(table)
 
     def _keep_worst(self, table: pa.Table) -> None:
-        scored = table.filter(pa.compute.is_valid(table["score"])).sort_by("score").slice(0, _WORST)
+        scored = table.filter(pc.is_valid(table["score"])).sort_by("score").slice(0, _WORST)
         for row in scored.to_pylist():
             self._number += 1
             self._worst.append((row["score"], self._number, row))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from agegender import Predictor
+    from agegender import ChipModel, Predictor
 
 __all__ = ["Mode", "Request", "Resources", "ScoreOptions", "same_command"]
 
@@ -50,12 +50,12 @@ class ScoreOptions:
             raise ValueError("max_pixels must be at least 1")
         FaceDetector()  # for its weights
 
-    def that_matter(self) -> dict[str, Any]:
-        """All of them, but for those of a detector that finds no faces because each image is one."""
+    def affecting_outcomes(self) -> dict[str, Any]:
+        """The options that influence outcomes; without the detector's when `faces` is `whole`."""
         values = asdict(self)
         return values if self.faces == "detect" else {**values, "min_score": None, "max_faces": None}
 
-    def predictor(self, model: Any, **arguments: Any) -> "Predictor":
+    def predictor(self, model: "str | Path | bytes | ChipModel", **arguments: Any) -> "Predictor":
         """The chain with these options, and more arguments of `Predictor`."""
         from agegender import Predictor  # takes a second, in which others can look at the call
 

@@ -5,9 +5,9 @@ import hashlib
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from importlib import import_module
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from typing import Final
 import pyarrow.parquet as pq
 
 from batch.errors import JobError, OutputError, RequestError, SourceError, TooManyBadError, reason_of
-from batch.listing import Listing, blocks_of, digest
+from batch.listing import Input, Listing, blocks_of, digest
 from batch.location import normalize
 from batch.output import Output, Run, now
 from batch.progress import BlockReport, Progress, bad_count
@@ -33,12 +33,38 @@ _JUDGE_AFTER: Final = 100
 
 _MIDDLE: Final = (0.1, 0.9)
 
-# A worker that outlives a killed driver for a moment may commit a block whose outcomes the next run has just deleted as
-# unfinished, which is found out once all others are done.
+# A worker may outlive a killed driver and commit a block whose outcomes the next run has just deleted. The gap shows at
+# the end; a second round fills it.
 _ROUNDS: Final = 2
 
 # Of these the outcomes' last bits may depend.
 _LIBRARIES: Final = ("numpy", "onnxruntime", "opencv-python-headless", "pillow", "torch")
+
+# Of the core, what shapes no outcome.
+_NOT_OUTCOMES: Final = ("__main__.py", "client.py", "draw.py")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a call has to do.
+
+    Attributes:
+        request: what the caller asks for.
+        output: where the outcomes go.
+        listing: of the sources.
+        wanted: what the run is, but for its inputs.
+        model: the artifact.
+        say: takes each message to people.
+        started: when the call began, `time.monotonic`.
+    """
+
+    request: Request
+    output: Output
+    listing: Listing
+    wanted: Run
+    model: bytes
+    say: Callable[[str], None]
+    started: float
 
 
 def run_batch(request: Request, say: Callable[[str], None]) -> None:
@@ -52,7 +78,7 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
         SourceError: a source cannot be used.
         OutputError: the output cannot be used as asked.
         RequestError: the model cannot be loaded, or an option is out of its range.
-        JobError: the engine stopped.
+        JobError: the engine did not start, or stopped.
         TooManyBadError: see `Request.max_bad`.
         KeyboardInterrupt: it was interrupted; once there is something to go on with, it says how.
     """
@@ -66,11 +92,10 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
     if request.dry_run:
         from batch.preview import preview
 
-        if request.mode == "append":
-            listing.known, _ = _known(output)
-        preview(request, listing, say)
+        preview(request, listing, _known(output)[0] if request.mode == "append" else None, say)
         return
     output.check_writable()
+    job = _Job(request, output, listing, wanted, model, say, started)
     run: Run | None = None
     with (
         _told(lambda: same_command(request.mode) if run else "the same command"),
@@ -78,9 +103,9 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
         ThreadPoolExecutor(1) as aside,
         _engine(request, output, aside),
     ):
-        run = _settle(output, wanted, listing, request, say)
+        run = _settle(job)
         if run is not None:
-            _finish(output, run, model, request, say, started)
+            _finish(job, run)
 
 
 @contextlib.contextmanager
@@ -124,7 +149,7 @@ def _identify(request: Request, listing: Listing) -> tuple[Run, bytes]:
         created=now(),
         version=f"{version('agegender')}+{_code_digest()}",
         model=spec.identity(hashlib.sha256(model).hexdigest()),
-        options={**request.options.that_matter(), "follow_links": request.follow_links, "gpus": _gpus(request)},
+        options={**request.options.affecting_outcomes(), "follow_links": request.follow_links, "gpus": _gpus(request)},
         sources=list(listing.sources),
         inputs=0,
         blocks=0,
@@ -140,7 +165,8 @@ def _gpus(request: Request) -> str | None:
 
 def _code_digest() -> str:
     """Eight digits of the code that the outcomes come from: the core, and what reads files and scores them here."""
-    sources = [each for each in files("agegender").iterdir() if each.name.endswith(".py")]
+    core = [each for each in files("agegender").iterdir() if each.name.endswith(".py")]
+    sources = [each for each in core if each.name not in _NOT_OUTCOMES]
     sources += [files("batch") / name for name in ("gpu.py", "location.py", "scorer.py")]
     combined = hashlib.sha256()
     for source in sorted(sources, key=str):
@@ -148,21 +174,16 @@ def _code_digest() -> str:
     return combined.hexdigest()[:8]
 
 
-def _settle(
-    output: Output,
-    wanted: Run,
-    listing: Listing,
-    request: Request,
-    say: Callable[[str], None],
-) -> Run | None:
+def _settle(job: _Job) -> Run | None:
     """The run to work on: the one that was interrupted, or a new one; None if nothing is left to do."""
-    if request.mode == "overwrite":
-        return _begin_anew(output, wanted, listing, say)
+    output = job.output
+    if job.request.mode == "overwrite":
+        return _begin_anew(job)
     if (interrupted := output.run()) is not None:
         replaced = "it and all that it was to be added to" if interrupted.first_id else "it"
-        _require_same(output, interrupted, wanted, "an unfinished run", replaced)
+        _require_same(output, interrupted, job.wanted, "an unfinished run", replaced)
         output.reopen()
-        say(f"Going on with the run of {interrupted.created} ({interrupted.inputs:,} files).")
+        job.say(f"Going on with the run of {interrupted.created} ({interrupted.inputs:,} files).")
         return interrupted
     finished = output.finished()
     if finished is None:
@@ -171,26 +192,29 @@ def _settle(
                 f"{output.name} holds results of a run that is not there any more; "
                 "give another output directory, or --overwrite to replace them"
             )
-        return _begin_anew(output, wanted, listing, say)
-    if request.mode == "append":
-        return _append(output, finished, wanted, listing, say)
-    _require_same(output, finished, wanted, "a finished run")
+        return _begin_anew(job)
+    if job.request.mode == "append":
+        return _append(job, finished)
+    _require_same(output, finished, job.wanted, "a finished run")
     output.clear_run()
-    say(summary_text(output.summary(), output.name))
-    say(
-        f"Nothing to do: this run was finished at {output.summary()['finished']}. "
+    summary = output.summary()
+    job.say(summary_text(summary, output.name))
+    job.say(
+        f"Nothing to do: this run was finished at {summary['finished']}. "
         "To score files that came later, add --append; to start anew, --overwrite."
     )
     return None
 
 
-def _begin_anew(output: Output, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run:
+def _begin_anew(job: _Job) -> Run:
     """A run from the beginning. What was there goes when all sources have been listed, and not when one fails."""
+    output, listing = job.output, job.listing
     if output.run() is None:
         output.clear_run()  # of listings that were killed
-    if (run := _list(output, wanted, listing, say)) is None:
-        reason = "; all were left out" if listing.excluded else ""
-        raise SourceError(f"found no files in {', '.join(listing.sources)}{reason}")
+    if (run := _list(job, job.wanted)) is None:
+        left_out = ", ".join(f"{count:,} ({reason})" for reason, count in listing.excluded.items())
+        hint = f"left out were {left_out}" if left_out else "check the name, or give another source"
+        raise SourceError(f"found no files in {', '.join(listing.sources)}; {hint}")
     output.clear(but=run)
     output.begin(run)
     return run
@@ -204,21 +228,16 @@ def _require_same(output: Output, old: Run, wanted: Run, what: str, replaced: st
         )
 
 
-def _append(
-    output: Output,
-    finished: Run,
-    wanted: Run,
-    listing: Listing,
-    say: Callable[[str], None],
-) -> Run | None:
+def _append(job: _Job, finished: Run) -> Run | None:
+    output, wanted = job.output, job.wanted
     _require_same(output, finished, replace(wanted, sources=finished.sources), "a finished run")
     output.clear_run()  # of a run that ended while it tidied up, or while it listed
-    listing.known, first_id = _known(output)
+    known, first_id = _known(output)
     sources = [*finished.sources, *(source for source in wanted.sources if source not in finished.sources)]
     first_id = max(first_id, output.summary()["inputs"])  # even if files of the output were taken away
-    run = _list(output, replace(wanted, sources=sources, first_id=first_id), listing, say)
+    run = _list(job, replace(wanted, sources=sources, first_id=first_id), known)
     if run is None:
-        say(f"Nothing to add: all files in {', '.join(listing.sources)} are in the output.")
+        job.say(f"Nothing to add: all files in {', '.join(job.listing.sources)} are in the output.")
     else:
         output.begin(run)
     return run
@@ -234,55 +253,55 @@ def _known(output: Output) -> tuple[set[bytes], int]:
     return known, first_id
 
 
-def _list(output: Output, wanted: Run, listing: Listing, say: Callable[[str], None]) -> Run | None:
-    """Lists the sources into the run's manifest, of which nothing stays if that fails; None if they hold nothing."""
-    say(f"Listing {', '.join(listing.sources)}")
+def _list(job: _Job, run: Run, known: set[bytes] | None = None) -> Run | None:
+    """Lists the sources into the run's manifest, of which nothing stays if that fails; None if they hold nothing.
+
+    Args:
+        job: the job.
+        run: what the run is, but for its inputs.
+        known: see `Listing.inputs`.
+    """
+    job.say(f"Listing {', '.join(job.listing.sources)}")
     try:
-        inputs, blocks = _write_manifest(output, wanted, listing)
+        inputs, blocks = _write_manifest(job.output, run, job.listing.inputs(known))
     except BaseException:
-        with contextlib.suppress(OSError):
-            output.drop(wanted)
+        with contextlib.suppress(OSError, JobError):  # what ended the listing is told
+            job.output.drop(run)
         raise
     if not inputs:
-        output.drop(wanted)
+        job.output.drop(run)
         return None
-    say(f"Found {inputs:,} files.")
-    return replace(wanted, inputs=inputs, blocks=blocks, excluded=dict(listing.excluded))
+    job.say(f"Found {inputs:,} files.")
+    return replace(run, inputs=inputs, blocks=blocks, excluded=dict(job.listing.excluded))
 
 
-def _write_manifest(output: Output, run: Run, listing: Listing) -> tuple[int, int]:
+def _write_manifest(output: Output, run: Run, inputs: Iterable[Input]) -> tuple[int, int]:
     """Returns how many inputs it holds, and in how many blocks."""
     manifest = output.manifest(run)
     output.filesystem.create_dir(manifest, recursive=True)
-    inputs = blocks = 0
-    for number, shard in enumerate(blocks_of(listing, first_id=run.first_id)):
+    count = blocks = 0
+    for number, shard in enumerate(blocks_of(inputs, first_id=run.first_id)):
         path = f"{manifest}/blocks-{number:05}.parquet"
         with output.filesystem.open_output_stream(path) as stream:
             pq.write_table(shard, stream, row_group_size=64)
         output.sync(path)
-        inputs += sum(len(paths) for paths in shard["paths"].to_pylist())
+        count += sum(len(paths) for paths in shard["paths"].to_pylist())
         blocks += shard.num_rows
-    return inputs, blocks
+    return count, blocks
 
 
-def _finish(
-    output: Output,
-    run: Run,
-    model: bytes,
-    request: Request,
-    say: Callable[[str], None],
-    started: float,
-) -> None:
+def _finish(job: _Job, run: Run) -> None:
     """Scores what is left, puts the outcomes into place and tells of them."""
     from batch.publish import committed_parts, describe, publish
 
+    output = job.output
     parts, counts = committed_parts(output, run)
     if counts.inputs:
-        say(f"{counts.inputs:,} of {run.inputs:,} files were done before.")
-    before, watch, rounds = counts.inputs, _Watch(run, counts.statuses, request), 0
+        job.say(f"{counts.inputs:,} of {run.inputs:,} files were done before.")
+    before, watch, rounds = counts.inputs, _Watch(run, counts.statuses, job.request), 0
     while counts.inputs < run.inputs and rounds < _ROUNDS:
         watch.begin(counts.statuses)
-        _score(output, run, model, request, watch)
+        _score(job, run, watch)
         parts, counts = committed_parts(output, run)
         rounds += 1
     watch.judge(counts.statuses)
@@ -290,8 +309,8 @@ def _finish(
     ended = time.monotonic()
     summary = {
         **describe(output),
-        "seconds": round(ended - started, 3),
-        "startup_s": round(watch.startup_s(started), 3),
+        "seconds": round(ended - job.started, 3),
+        "startup_s": round(watch.startup_s(job.started), 3),
         "images_per_s": round(watch.images_per_s(counts.inputs - before, ended), 2),
         "steady_images_per_s": round(watch.steady_images_per_s(), 2),
         "stages_s": {stage: round(value, 3) for stage, value in watch.report.stages_s.items()},
@@ -300,14 +319,15 @@ def _finish(
         "run": asdict(run),
     }
     output.finish(summary)
-    say(summary_text(summary, output.name))
+    job.say(summary_text(summary, output.name))
 
 
-def _score(output: Output, run: Run, model: bytes, request: Request, watch: "_Watch") -> None:
+def _score(job: _Job, run: Run, watch: "_Watch") -> None:
     from batch.job import score_manifest
 
+    request = job.request
     try:
-        score_manifest(output, run, request.options, model, request.resources, watch.see)
+        score_manifest(job.output, run, request.options, job.model, request.resources, watch.see)
     except JobError as error:
         raise JobError(f"{error}; {_stays(same_command(request.mode))}") from error
     finally:

@@ -31,13 +31,12 @@ _DIED: Final = "the process that worked on this file died, each time"
 class Scorer:
     """Loads the chain once, then scores blocks of the manifest."""
 
-    def __init__(self, options: ScoreOptions, model: bytes, models: Sequence[Any], tally: Listener) -> None:
+    def __init__(self, options: ScoreOptions, model: bytes | list[Any], tally: Listener) -> None:
         """Loads the chain.
 
         Args:
             options: what the values depend on.
-            model: the artifact.
-            models: actors that predict, see `start_models`; where there are none, this process predicts by itself.
+            model: the artifact, with which this process predicts; or actors that do, see `start_models`.
             tally: is told of what is done.
         """
         quiet_pillow()
@@ -49,10 +48,10 @@ class Scorer:
         self._input = ""
         self._told = 0.0
         predictor = partial(options.predictor, threads=1, on_stage=self._on_stage)
-        if models:
-            self._predictor = predictor(RemoteModel(list(models)), batch_size=BATCH_SIZE)
-        else:
+        if isinstance(model, bytes):
             self._predictor = predictor(model, device="cpu")
+        else:
+            self._predictor = predictor(RemoteModel(model), batch_size=BATCH_SIZE)
 
     def __call__(self, blocks: pa.Table) -> pa.Table:
         """Rows of `batch.listing.MANIFEST_SCHEMA` -> rows of `BLOCK_SCHEMA`."""

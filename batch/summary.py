@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from batch.progress import GOOD, bad_count
 
-__all__ = ["Counts", "bad_text", "summary_text", "time_text"]
+__all__ = ["GOOD", "Counts", "bad_text", "is_input", "summary_text", "time_text", "value_counts"]
 
 _DECADES: Final = 12
 _BAR: Final = 30
@@ -37,10 +37,8 @@ class Counts:
 
     def add(self, table: pa.Table) -> None:
         """Adds records; all of an input, or none."""
-        face = table["face"]
-        inputs = table.filter(pc.fill_null(pc.equal(face, 0), True))
-        self.statuses.update(_value_counts(inputs["status"]))
-        self.genders.update(_value_counts(table["gender"].drop_null()))
+        self.statuses.update(value_counts(table["status"].filter(is_input(table["face"]))))
+        self.genders.update(value_counts(table["gender"].drop_null()))
         ages = table["age"].drop_null().to_numpy()
         decades = np.clip(ages // 10, 0, _DECADES - 1).astype(np.int64)
         self.ages += np.bincount(decades, minlength=_DECADES)
@@ -60,6 +58,16 @@ class Counts:
             "genders": dict(self.genders.most_common()),
             "ages": ages,
         }
+
+
+def is_input(face: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Column `face` of some records -> marks one record of each input."""
+    return pc.fill_null(pc.equal(face, 0), True)
+
+
+def value_counts(column: pa.ChunkedArray) -> dict[Any, int]:
+    """How often each value comes, in the order of their first places."""
+    return {row["values"]: row["counts"] for row in column.value_counts().to_pylist()}
 
 
 def summary_text(summary: dict[str, Any], where: str) -> str:
@@ -101,7 +109,3 @@ def _bars(title: str, counts: dict[str, int]) -> list[str]:
         bar = "#" * max(1, round(_BAR * count / total))
         lines.append(f"{title if not lines else '':<9} {label:<11} {count:>9,} {count / total:>6.1%}  {bar}")
     return lines
-
-
-def _value_counts(column: pa.ChunkedArray) -> dict[str, int]:
-    return {row["values"]: row["counts"] for row in column.value_counts().to_pylist()}

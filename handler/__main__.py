@@ -1,9 +1,10 @@
 """`python -m handler COMMAND`: the server's commands, for people and orchestrators."""
 
 import argparse
+import math
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,51 +14,13 @@ from handler import MODEL_NAME
 from handler.server import ENDING, Server, ServingError, java_home
 from handler.stubs import build_stubs
 
-_COMMANDS = {
-    "archive": "build the archive that the server loads",
-    "start": "start the server; returns when it answers predictions",
-    "run": "start the server and stay until it ends or SIGTERM asks to stop it, as service managers like it",
-    "stop": "let running requests finish, then stop the server",
-    "status": "show versions, workers and queue",
-    "live": "exit code 0 where the server answers at all",
-    "ready": "exit code 0 where every worker answers predictions",
-    "java": "print the Java that `start` runs",
-    "stubs": "build the Python stubs of the gRPC API",
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done or yes, 1 no, 2 an error that is told."""
-    parser = argparse.ArgumentParser(
-        prog="python -m handler",
-        description="The TorchServe that serves the model.",
-        epilog="commands:\n" + "\n".join(f"  {name:8} {text}" for name, text in _COMMANDS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND")
-    parser.add_argument(
-        "--config", type=Path, default=Path("config.properties"), help="TorchServe's settings (default %(default)s)"
-    )
-    parser.add_argument(
-        "--timeout", type=float, default=120, metavar="S", help="start, run: wait at most this long (default 120)"
-    )
-    parser.add_argument(
-        "--model",
-        type=Path,
-        help="archive: the artifact (default: model_store/agegender.pt); start, run: build its archive first",
-    )
-    parser.add_argument("--output", type=Path, help="archive: the file to write (default: model_store/agegender.mar)")
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        if options.command == "archive":
-            return _archive(options.model, options.output)
-        if options.command == "java":
-            print(java_home() / "bin" / "java")
-            return 0
-        if options.command == "stubs":
-            print(f"{build_stubs()}: put it on PYTHONPATH")
-            return 0
-        return _serve(options)
+        code: int = options.run(options)
+        return code
     except (ServingError, OSError, ValueError) as error:
         print(f"handler: {error}", file=sys.stderr)
         return 2
@@ -65,7 +28,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _archive(model: Path | None, target: Path | None) -> int:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m handler", description="The TorchServe that serves the model.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        command.set_defaults(run=run)
+        return command
+
+    archive = add("archive", _build_archive, "build the archive that the server loads")
+    archive.add_argument("--model", type=Path, help="the artifact (default: model_store/agegender.pt)")
+    archive.add_argument("--output", type=Path, help="the file to write (default: model_store/agegender.mar)")
+    starting = [
+        add("start", _start, "start the server; returns when it answers predictions"),
+        add("run", _run, "start the server and stay until it ends or SIGTERM asks to stop it, for service managers"),
+    ]
+    for each in starting:
+        each.add_argument("--model", type=Path, help="build the archive of this artifact first")
+        each.add_argument(
+            "--timeout", type=_seconds, default=120.0, metavar="S", help="wait at most this long (default %(default)g)"
+        )
+    asking = [
+        add("stop", _stop, "let running requests finish, then stop the server"),
+        add("status", _status, "show versions, workers and queue"),
+        add("live", _live, "exit code 0 where the server answers at all"),
+        add("ready", _ready, "exit code 0 where every worker answers predictions"),
+    ]
+    for each in (*starting, *asking):
+        each.add_argument(
+            "--config", type=Path, default=Path("config.properties"), help="TorchServe's settings (default %(default)s)"
+        )
+    add("java", _show_java, "print the Java that `start` runs")
+    add("stubs", _build_stubs, "build the Python stubs of the gRPC API")
+    return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be over 0 seconds, not {text}")
+    return seconds
+
+
+def _show_java(_: argparse.Namespace) -> int:
+    print(java_home() / "bin" / "java")
+    return 0
+
+
+def _build_stubs(_: argparse.Namespace) -> int:
+    print(f"{build_stubs()}: put it on PYTHONPATH")
+    return 0
+
+
+def _build_archive(options: argparse.Namespace) -> int:
+    _archive(options.model, options.output)
+    return 0
+
+
+def _archive(model: Path | None, target: Path | None = None) -> None:
     from agegender import AgeGenderError  # here, since torch is no small thing to load for a probe
     from agegender.spec import DEFAULT_MODEL
     from handler.archive import ARCHIVE, build_archive
@@ -76,29 +97,49 @@ def _archive(model: Path | None, target: Path | None) -> int:
     except (AgeGenderError, OSError) as error:
         raise ServingError(f"no archive can be built: {error}") from error
     print(f"{target}: model {MODEL_NAME}, version {version}, {target.stat().st_size / 1e6:.1f} MB")
-    return 0
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _server(options: argparse.Namespace) -> Server:
     _heed_signals()
-    server = Server(options.config)
-    if options.command in ("run", "start") and options.model:
+    return Server(options.config)
+
+
+def _server_to_start(options: argparse.Namespace) -> Server:
+    server = _server(options)
+    if options.model:
         server.check_stopped()  # or a restart would serve what this call has built
-        _archive(options.model, options.output)
-    if options.command == "run":
-        return _run(server, options.timeout)
-    if options.command == "start":
-        server.start(options.timeout)
-        print(f"{server.describe()}\nserving on {server.address('inference')}; the keys are in key_file.json")
-    elif options.command == "stop":
-        print("stopped" if server.stop() else "no server was running")
-    elif options.command == "status":
-        print(server.describe())
-    else:
-        answer = server.ready() if options.command == "ready" else server.live()
-        print("yes" if answer else "no")
-        return 0 if answer else 1
+        _archive(options.model)
+    return server
+
+
+def _start(options: argparse.Namespace) -> int:
+    server = _server_to_start(options)
+    server.start(options.timeout)
+    print(f"{server.describe()}\nserving on {server.address('inference')}; the keys are in key_file.json")
     return 0
+
+
+def _stop(options: argparse.Namespace) -> int:
+    print("stopped" if _server(options).stop() else "no server was running")
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    print(_server(options).describe())
+    return 0
+
+
+def _live(options: argparse.Namespace) -> int:
+    return _say(_server(options).live())
+
+
+def _ready(options: argparse.Namespace) -> int:
+    return _say(_server(options).ready())
+
+
+def _say(answer: bool) -> int:
+    print("yes" if answer else "no")
+    return 0 if answer else 1
 
 
 def _heed_signals() -> None:
@@ -114,9 +155,10 @@ def _heed_signals() -> None:
         signal.signal(number, interrupt)
 
 
-def _run(server: Server, timeout_s: float) -> int:
+def _run(options: argparse.Namespace) -> int:
+    server = _server_to_start(options)
     try:
-        server.start(timeout_s)
+        server.start(options.timeout)
         print(server.describe(), flush=True)
         while process := server.process():
             with suppress(psutil.TimeoutExpired):  # looks again, since of a zombie it would wait for ever

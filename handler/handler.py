@@ -58,7 +58,7 @@ class AgeGenderHandler:
         self._metrics = Metrics(context.metrics)
         self._weights = (self._directory / DETECTOR_WEIGHTS).read_bytes()
         self._model = Model(self._directory / ARTIFACT, device=_device(context.system_properties.get("gpu_id")))
-        self._predictor = lru_cache(maxsize=8)(self._new_predictor)  # few, since each option is a detector of its own
+        self._predictor = lru_cache(maxsize=8)(self._new_predictor)  # bounded: callers choose min_score freely
         self._cores = core_count()
         self._threads = ThreadPoolExecutor(self._cores)
         self._about = self._model.spec.identity(self._model.sha256)
@@ -75,7 +75,7 @@ class AgeGenderHandler:
         Returns:
             One JSON text per request, in order.
         """
-        with self._busy() as alone:  # before the look: whoever stops the server takes workers without the lock for idle
+        with self._busy() as alone:  # take the lock before looking: `stop` treats a worker without it as idle
             stopping = (self._directory / DRAINING).exists()
             answers = [_STOPPING] * len(rows) if stopping else self._answers(rows, context, alone)
         texts = [self._finish(answer, index, context) for index, answer in enumerate(answers)]
@@ -211,7 +211,7 @@ def _error(request: Request, results: Sequence[ImageResult]) -> RequestError | N
 
 def _image_error(result: ImageResult) -> RequestError:
     result = _for_callers(result)
-    advice = _ADVICE.get(result.status)
+    advice = None if ": save it as" in (result.error or "") else _ADVICE.get(result.status)  # one is enough
     where = f"{_cut(result.path)}: " if result.path else ""
     message = f"{where}{result.error}; {advice}" if advice else f"{where}{result.error}"
     size = {"width": result.width, "height": result.height} if result.width else {}

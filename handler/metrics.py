@@ -10,15 +10,14 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 from ts.metrics.metric_type_enum import MetricTypes
 
 from agegender import ImageResult
+from agegender.predictor import STAGES
 
-__all__ = ["STAGES", "Metrics"]
-
-STAGES: Final = ("decode", "detect", "cut", "predict")
+__all__ = ["Metrics"]
 
 _lines = logging.getLogger("ts.metrics.caching_metric")  # where TorchServe's metrics write themselves
 

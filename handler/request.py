@@ -95,12 +95,12 @@ def _faces(name: str, text: str) -> str:
 
 def _score(name: str, text: str) -> float:
     try:
-        value = float(text)
+        value = -1.0 if "_" in text else float(text)  # Python's own 0_1 is no number to anyone else
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
         raise _bad_option(name, text, "a number from 0 to 1")
-    return value
+    return abs(value)  # of -0, which would be answered as -0.0
 
 
 def _count(name: str, text: str) -> int:
@@ -147,6 +147,8 @@ class Request:
 
 def parse_request(row: Mapping[str, Any], headers: Mapping[str, str]) -> Request:
     """Reads one row of what TorchServe passes to a handler.
+
+    Under settings without our `decode_input_request=false`, JSON arrives parsed and text as `str`.
 
     Args:
         row: the fields of a form, or the body under `body` with the options of the query beside it.
@@ -226,7 +228,11 @@ def _check_meant_as_images(fields: Mapping[str, Any]) -> None:
 def _may_be_option(name: str, value: Any) -> bool:
     """Not where the value is a text: then a file was announced as one. Nor where it is empty, as a file may be."""
     is_short = isinstance(value, bytes | bytearray) and 0 < len(value) < _MAX_OPTION_BYTES
-    return is_short and bool(get_close_matches(name.lower(), _OPTIONS))
+    return is_short and _is_like_an_option(name)
+
+
+def _is_like_an_option(name: str) -> bool:
+    return bool(get_close_matches(name.lower(), _OPTIONS))
 
 
 def _is_image(value: Any) -> bool:
@@ -250,6 +256,7 @@ def _from_body(row: Mapping[str, Any]) -> Request:
 def _from_json(row: Mapping[str, Any]) -> Request:
     document = _document(row[_BODY])
     options = _options({**row, **_parameters(document)})
+    _check_keys(document, "the body")
     if "instances" not in document:
         return Request((_instance(document, "the body"),), options, "object")
     instances = document["instances"]
@@ -264,7 +271,7 @@ def _document(body: Any) -> dict[str, Any]:
     if isinstance(body, bytes | bytearray | str):
         _check_parts(body.encode(errors="replace") if isinstance(body, str) else body)
         try:
-            body = json.loads(body)
+            body = json.loads(body, strict=False)  # a shell puts wrapped base64 in as it is, with its line ends
         except (ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
             raise RequestError(400, "bad_json", f"the body is not JSON ({reason}); {_JSON_HELP}") from error
@@ -286,18 +293,31 @@ def _parameters(document: Mapping[str, Any]) -> dict[str, Any]:
     return {name: str(value) for name, value in parameters.items() if name != _BODY}
 
 
+def _check_keys(document: Mapping[str, Any], where: str) -> None:
+    """Options have one place; other keys may be KServe's."""
+    for name in document:
+        if _is_like_an_option(name):
+            raise RequestError(
+                400,
+                "unknown_option",
+                f"{where} has a key {name[:40]!r}; options go under `parameters`, beside data or instances; {_HELP}",
+            )
+
+
 def _instance(instance: Any, where: str) -> Item:
     """One `{"data": base64, "path": optional name}`."""
     data = instance.get("data") if isinstance(instance, dict) else None
     if not isinstance(data, str):
         raise RequestError(400, "bad_json", f"{where} has no image under the key data; {_JSON_HELP}")
+    _check_keys(instance, where)
     path = instance.get("path", "")
     if not isinstance(path, str) or len(path) > _MAX_NAME:
         raise RequestError(400, "bad_json", f"the path of {where} must be a text of at most {_MAX_NAME} characters")
     try:
-        decoded = base64.b64decode(data, validate=True)
+        decoded = base64.b64decode(data.encode().translate(None, b" \t\r\n\v\f"), validate=True)  # it may be wrapped
     except (binascii.Error, ValueError) as error:
-        raise RequestError(400, "bad_base64", f"the data of {where} is not base64: {error}") from error
+        reason = "send only what follows the comma" if data.startswith("data:") else error
+        raise RequestError(400, "bad_base64", f"the data of {where} is not base64: {reason}") from error
     return _image(decoded, path)
 
 

@@ -1,5 +1,6 @@
 """Starts, watches and stops one TorchServe: the same `torchserve --start`, with what it leaves to its caller."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +26,7 @@ import psutil
 
 from handler import BUSY_LOCK, DRAINING, MODEL_NAME
 
-__all__ = ["ENDING", "KEY_FILE", "Server", "ServingError", "copy_settings", "java_home"]
+__all__ = ["ENDING", "KEY_FILE", "Server", "ServingError", "java_home"]
 
 _LEAST_JAVA: Final = 17
 KEY_FILE: Final = "key_file.json"
@@ -76,14 +77,15 @@ class Server:
         """Starts the server and returns when every worker answers.
 
         Raises:
-            ServingError: it runs already, a file or Java is missing, its temporary directory is someone else's, or it
-                is not ready in time; it is stopped then.
+            ServingError: it runs already, a file or Java is missing, a port is taken, its temporary directory is
+                someone else's, or it is not ready in time; it is stopped then.
         """
         with self._alone():
             self.check_stopped()
             archive = self._path("model_store", "model_store") / self.settings.get("load_models", "")
             if not archive.is_file():
                 raise ServingError(f"{archive} is missing; build it with `make archive`")
+            self._check_ports()
             _make_private(self.temporary)
             try:
                 self._launch()
@@ -177,17 +179,25 @@ class Server:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Of two that start the server at once, one would take the other's failure for its own and end it."""
-        descriptor = os.open(self.directory, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise ServingError("the server is being started already; wait for it") from error
-        try:
+        """Holds the directory's lock, so that of two `start` calls neither can tear down the other's server."""
+        from agegender.process import directory_lock  # here, since probes need not wait for the core
+
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(directory_lock(self.directory))
+            except BlockingIOError as error:
+                raise ServingError("the server is being started already; wait for it") from error
             yield
-        finally:
-            os.close(descriptor)
+
+    def _check_ports(self) -> None:
+        """TorchServe's own error does not say which one is taken."""
+        for name, value in self.settings.items():
+            address = urlsplit(value)
+            host, port = (None, int(value)) if name.endswith("_port") else (address.hostname, address.port)
+            if name.endswith(("_address", "_port")) and port and not _is_bindable(host or "127.0.0.1", port):
+                raise ServingError(
+                    f"Address already in use: {name} {port}; stop what listens there, or change it in {self.config}"
+                )
 
     def _launch(self) -> None:
         (self.directory / "logs").mkdir(exist_ok=True)
@@ -222,7 +232,7 @@ class Server:
             if not self.process():
                 raise ServingError(f"TorchServe ended while starting: {self._last_words()}")
             if time.monotonic() > deadline:
-                raise ServingError(f"no worker was ready within {timeout_s:.0f} s: {self._last_words()}")
+                raise ServingError(f"no worker was ready within {timeout_s:g} s: {self._last_words()}")
             time.sleep(0.2)
 
     def _last_words(self) -> str:
@@ -264,26 +274,6 @@ class Server:
 
     def _path(self, name: str, default: str) -> Path:
         return self.directory / self.settings.get(name, default)
-
-
-def copy_settings(config: Path, directory: Path) -> Path:
-    """Writes a copy of settings for a server of its own, in another directory and on ports that nobody listens on.
-
-    For tests and benchmarks, which leave the machine's real server alone.
-
-    Returns:
-        The copy.
-    """
-    text = config.read_text()
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(5)]
-    for standard, free in zip(("8080", "8081", "8082", "7070", "7071"), sockets, strict=True):
-        text = re.sub(rf"(?<=[:=]){standard}$", str(free.getsockname()[1]), text, flags=re.MULTILINE)
-        free.close()
-    here = config.resolve().parent.as_uri()  # as a URI, in which no space splits the arguments of Java
-    text = text.replace("configurationFile=", f"configurationFile={here}/")
-    target = directory / config.name
-    target.write_text(text)
-    return target
 
 
 def java_home() -> Path:
@@ -335,7 +325,7 @@ def _private_directory(directory: Path) -> Path:
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """While a process begins, an interrupt would leave one of which nobody knows."""
+    """Delays SIGINT, SIGTERM and SIGHUP until the block ends; in between they would leave a child nobody can stop."""
     caught: list[int] = []
     in_main = threading.current_thread() is threading.main_thread()  # elsewhere none arrives
     heeded = [each for each in ENDING if in_main and signal.getsignal(each) not in (signal.SIG_IGN, None)]
@@ -347,6 +337,14 @@ def _signals_wait() -> Iterator[None]:
             signal.signal(number, handler)
     if caught:
         signal.raise_signal(caught[0])
+
+
+def _is_bindable(host: str, port: int) -> bool:
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:  # others are told by the server that cannot listen
+        return error.errno != errno.EADDRINUSE
+    return True
 
 
 def _make_private(directory: Path) -> None:

@@ -18,8 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 from agegender import Predictor
 from batch.samples import package_file
 from handler.archive import build_archive
-from handler.server import Server, copy_settings
+from handler.server import Server
 from tests.hostile import Ask
+from tests.serving import copy_settings
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MODEL = REPOSITORY / "model_store" / "agegender.pt"

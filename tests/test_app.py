@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from agegender import FacePrediction, ImageResult, Item, Predictor, ServerError, decode_image
 from agegender.client import Client
@@ -24,6 +24,7 @@ from agegender.records import arrow_schema, arrow_table
 from batch.errors import OutputError
 from batch.output import Output, Run, now
 from batch.publish import describe
+from batch.request import ScoreOptions
 
 pytest.importorskip("streamlit", reason="the app needs Python 3.11 or newer")
 
@@ -123,6 +124,15 @@ class TestTryIt:
         assert len(app.get("progress")) == 2
         assert len(app.get("vega_lite_chart")) == 2
 
+    def test_the_notice_stands_where_results_are_read(
+        self, start: Start, results_page: Callable[[Path], AppTest], out: Path
+    ) -> None:
+        """Also where the sidebar is shut, and where a server does not answer."""
+        app = start()
+        assert "Not for decisions about people" in app.main.caption[0].value
+        assert not [text for text in texts(app.sidebar.caption) if "decisions" in text], "once is enough"
+        assert results_page(out).main.caption[0].value == app.main.caption[0].value
+
     def test_the_sidebar_describes_the_artifact(self, start: Start, predictor: Predictor) -> None:
         app = start()
         rows = app.sidebar.table[0].value.iloc[:, -1].astype(str).tolist()
@@ -155,12 +165,10 @@ class TestTryIt:
         blank = [(f"{number}.png", blank_png) for number in range(8)]
         app = give(start(), *blank, ("group.jpg", group_jpeg), ("notes.txt", b"hello"))
         assert not app.error
-        assert "9 photographs · 2 faces · 1 file that cannot be used: ` notes.txt `" in texts(app.main.caption), texts(
-            app.main.caption
-        )
+        assert "9 photographs · 2 faces · 1 file that cannot be used: ` notes.txt `" in texts(app.main.markdown)
         app = give(start(), *[(f"{number}.txt", b"hello") for number in range(7)])
         told = ", ".join(f"` {number}.txt `" for number in range(5))
-        assert f"0 photographs · 0 faces · 7 files that cannot be used: {told} and 2 more" in texts(app.main.caption)
+        assert f"0 photographs · 0 faces · 7 files that cannot be used: {told} and 2 more" in texts(app.main.markdown)
 
     def test_a_heic_is_called_one(self, start: Start) -> None:
         app = give(start(), ("photo.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"))
@@ -168,7 +176,14 @@ class TestTryIt:
 
     def test_too_many_pixels(self, start: Start, encode: Any) -> None:
         app = give(start(), ("bomb.png", encode(Image.new("1", (20_000, 20_000)), "PNG")))
-        assert "400.0 megapixels, over the limit of 100" in shown(app.error)[0]
+        assert shown(app.error)[0].endswith("400.0 megapixels, over the limit of 100; shrink it.")
+
+    def test_what_a_server_says_of_a_large_image_is_said_once(
+        self, start: Start, blank_png: bytes, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        refused = ImageResult("a.png", "too_large", "over the limit of 50; shrink it")
+        monkeypatch.setattr(Predictor, "predict", lambda *_: [refused])
+        assert shown(give(start(), ("a.png", blank_png)).error)[0].endswith("Over the limit of 50; shrink it.")
 
     def test_no_face(self, start: Start, blank_png: bytes) -> None:
         app = give(start(), ("blank.png", blank_png))
@@ -246,15 +261,19 @@ class TestTryIt:
         assert cards() == [f"face {number}, detector score 0.90" for number in range(1, 16)]
 
     def test_the_threshold_decides_what_is_undecided(
-        self, start: Start, predictor: Predictor, grace_hopper: bytes
+        self, start: Start, predictor: Predictor, grace_hopper: bytes, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         (face,) = predictor.predict([grace_hopper])[0].faces
         app = give(start(), ("grace.jpg", grace_hopper))
         assert app.slider(key="undecided").value == 70
         app.slider(key="undecided").set_value(50).run()
         assert f"**{face.gender}** {face.gender_probability:.0%}" in _progress(app)
+        drawn_with = []
+        annotated = View.annotated
+        monkeypatch.setattr(View, "annotated", lambda view, least: drawn_with.append(least) or annotated(view, least))
         app.slider(key="undecided").set_value(100).run()
         assert f"undecided: {face.gender} {face.gender_probability:.0%}" in _progress(app)
+        assert drawn_with == [1.0]
 
     def test_a_missing_model(self, start: Start, tmp_path: Path) -> None:
         app = start("--model", str(tmp_path / "none.pt"))
@@ -300,6 +319,17 @@ class TestServer:
         app.segmented_control(key="engine").set_value("This process").run()
         assert not app.error
         assert len(ages(app)) == 2
+
+    def test_an_address_and_a_key_file_are_read_as_they_are_meant(
+        self, start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        asked: list[tuple[str, str | None, Path | None]] = []
+        monkeypatch.setattr(engine, "_connect", lambda *call: asked.append(call) or Client())
+        app = self.switch(start(), " http://127.0.0.1:9 ")
+        app.text_input(key="key_file").set_value(" ~/key_file.json").run()
+        assert not app.exception
+        assert asked[-1] == ("http://127.0.0.1:9", None, tmp_path / "key_file.json")
 
     def test_an_address_that_is_none(self, start: Start) -> None:
         app = self.switch(start(), "localhost:8080")
@@ -363,6 +393,11 @@ def _progress(app: AppTest) -> list[str]:
     return [element.proto.text for element in app.get("progress")]
 
 
+def _filters(app: AppTest) -> list[Any]:
+    widgets = [*app.multiselect, *app.slider, *app.text_input, *app.selectbox]
+    return [widget for widget in widgets if widget.key != "out"]
+
+
 class TestResults:
     def test_totals_and_rows(self, results_page: Callable[[Path], AppTest], out: Path) -> None:
         app = results_page(out)
@@ -410,6 +445,80 @@ class TestResults:
         choose(app, 0)
         assert exported[-1] == [100]
         assert f"{tmp_path}/100.jpg: the image is gone" in app.code[-1].value
+
+    def test_what_is_chosen_on_one_page_stays_chosen_on_another(
+        self, results_page: Callable[[Path], AppTest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        exported: list[list[int]] = []
+        monkeypatch.setattr("app.results_page._show_export", lambda _, rows, **__: exported.append(list(rows)))
+        app = results_page(out_of(tmp_path, [FACE] * 101))
+        choose(app, 3, 5)
+        app.pagination[0].set_value(2).run()
+        assert exported[-1] == [3, 5]
+        choose(app, 0)
+        assert exported[-1] == [3, 5, 100]
+        assert app.code[-1].value.splitlines() == [
+            f"{tmp_path}/{number}.jpg: the image is gone" for number in (3, 5, 100)
+        ]
+        app.pagination[0].set_value(1).run()
+        assert exported[-1] == [3, 5, 100]
+        choose(app, 5)
+        assert exported[-1] == [5, 100]
+        app.slider(key="ages").set_value((0, 99)).run()
+        assert len(exported[-1]) == 101, "of another selection none is chosen"
+
+    def test_filters_and_order_outlive_what_hides_them(self, out: Path) -> None:
+        def page(out: str) -> None:
+            import streamlit as st
+
+            from app import results_page
+
+            if not st.toggle("Hide", key="hide"):
+                results_page.show(out)
+
+        app = AppTest.from_function(page, args=(str(out),), default_timeout=120).run()
+        app.multiselect(key="statuses").set_value(["ok"])
+        app.multiselect(key="genders").set_value(["female"])
+        app.slider(key="ages").set_value((1, 110))
+        app.slider(key="least_probability").set_value(51)
+        app.text_input(key="path_part").set_value("g")
+        app.slider(key="least_score").set_value(0.05)
+        app.selectbox(key="sort_by").select("age").run()
+        app.selectbox(key="descending").select_index(1).run()
+        before = [(widget.key, widget.value) for widget in _filters(app)]
+        app.toggle(key="hide").set_value(True).run()
+        assert not _filters(app)
+        app.toggle(key="hide").set_value(False).run()
+        assert [(widget.key, widget.value) for widget in _filters(app)] == before
+        assert len(before) == 8
+        assert not app.exception
+
+    def test_a_filter_of_another_output_is_let_go_where_it_has_no_meaning(
+        self, results_page: Callable[[Path], AppTest], out: Path, tmp_path: Path
+    ) -> None:
+        app = results_page(out)
+        app.multiselect(key="statuses").set_value(["unreadable"]).run()
+        (tmp_path / "other").mkdir()
+        app.text_input(key="out").set_value(str(out_of(tmp_path / "other", [FACE]))).run()
+        assert not app.exception
+        assert app.multiselect(key="statuses").value == []
+
+    def test_an_order_is_chosen_where_there_is_something_to_order_by(
+        self, results_page: Callable[[Path], AppTest], out: Path
+    ) -> None:
+        app = results_page(out)
+        assert app.selectbox(key="descending").disabled
+        app.selectbox(key="sort_by").select("age").run()
+        assert not app.selectbox(key="descending").disabled
+
+    def test_charts_are_told_in_words(self, results_page: Callable[[Path], AppTest], tmp_path: Path) -> None:
+        app = results_page(out_of(tmp_path, [replace(FACE, age=age) for age in (20.0, 39.0, 41.0)]))
+        assert [chart.proto.alt for chart in app.get("vega_lite_chart")] == [
+            "Ages of 3 faces, median 39 years",
+            "Widths of the interval of 3 faces, median 14 years",
+            "Images by outcome: ok: 3",
+            "Images by number of faces: 0: 0, 1: 3",
+        ]
 
     def test_the_gallery_shows_the_first_of_many_and_tells_of_each_that_is_missing(
         self, results_page: Callable[[Path], AppTest], tmp_path: Path
@@ -513,7 +622,9 @@ class TestResults:
         (tmp_path / "_run").mkdir()
         if started == "scoring":
             (tmp_path / "_run" / "run.json").write_text("{}")
-        assert "is not finished" in shown(results_page(tmp_path).error)[0]
+        (error,) = shown(results_page(tmp_path).error)
+        assert "is not finished" in error
+        assert error.endswith("repeat the command to resume it if it was stopped.")
 
     @pytest.mark.parametrize(
         "results",
@@ -703,6 +814,13 @@ class TestGallery:
             shades.append(np.asarray(cut_row({**row, "path": str(path)})).mean())
         assert shades == [50, 200]
 
+    def test_reads_what_the_job_reads(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        limits = []
+        monkeypatch.setattr("app.gallery.read_bytes", lambda _, max_bytes: limits.append(max_bytes) or b"")
+        with pytest.raises(FaceError):
+            cut_row(Scores(str(out)).rows(np.array([2])).to_pylist()[0])
+        assert limits == [ScoreOptions().max_bytes]
+
     def test_says_what_is_gone(self, out: Path) -> None:
         scores = Scores(str(out))
         row = scores.rows(scores.select(Selection(path_part="group"))).to_pylist()[0]
@@ -773,6 +891,10 @@ class TestHints:
         assert is_undecided(FACE, 0.84)
         assert not is_undecided(FACE, 0.83)
 
+    @pytest.mark.parametrize(("probability", "undecided"), [(0.994, True), (0.996, False)], ids=["99%", "100%"])
+    def test_what_is_shown_as_enough_is_enough(self, probability: float, undecided: bool) -> None:
+        assert is_undecided(replace(FACE, gender_probability=probability), 1.0) == undecided
+
 
 @pytest.mark.parametrize("box", [(10.0, 20.0, 40.0, 60.0), (0.0, 0.0, 200.0, 100.0), (190.0, 90.0, 200.0, 100.0)])
 def test_a_cut_face_is_a_square_that_holds_the_middle_of_its_box(box: tuple[float, float, float, float]) -> None:
@@ -810,7 +932,10 @@ class TestCharts:
         assert names["sort"] == ["ok", "no_face", "a"]
 
     def test_all_beyond_ten_are_one_bar(self) -> None:
-        assert _capped({9: 1, 10: 2, 11: 3, 25: 4}) == {"9": 1, "10+": 9}
+        assert _capped({9: 1, 10: 2, 11: 3, 25: 4}) == {**dict.fromkeys("012345678", 0), "9": 1, "10+": 9}
+
+    def test_numbers_that_no_image_has_keep_their_place(self) -> None:
+        assert _capped({1: 4, 3: 2}) == {"0": 0, "1": 4, "2": 0, "3": 2}
 
 
 def test_each_card_has_its_own_face_and_the_sharpness_of_the_photograph(encode: Any) -> None:
@@ -832,16 +957,89 @@ def test_a_small_photograph_is_shown_at_its_size(encode: Any) -> None:
 
 
 def test_captions_do_not_shrink_with_the_photograph(encode: Any) -> None:
-    """A large one looks like itself at the size that is shown."""
+    """A large one looks like itself at the size that is shown, also on a phone."""
     box = (1000.0, 1000.0, 2000.0, 2000.0)
     large = ImageResult("a.jpg", "ok", None, 6000, 3000, (replace(FACE, box=box),))
     view = View.of(encode(Image.new("RGB", (6000, 3000), "grey"), "PNG"), large)
     small = replace(large, faces=(replace(FACE, box=tuple(side * 1920 / 6000 for side in box)),))
-    expected = annotate(np.asarray(Image.new("RGB", (1920, 960), "grey")), small)
-    assert view.photo
-    with Image.open(io.BytesIO(view.photo)) as photo:
-        assert photo.size == expected.size
-        assert np.abs(np.asarray(photo, np.int16) - np.asarray(expected, np.int16)).mean() < 1
+    expected = annotate(np.asarray(Image.new("RGB", (1920, 960), "grey")), small, font_px=11 * 1920 / 360)
+    photo = opened(view, 0.5)
+    assert photo.size == expected.size
+    assert np.abs(np.asarray(photo, np.int16) - np.asarray(expected, np.int16)).mean() < 0.5
+
+
+def opened(view: View, least_probability: float) -> Image.Image:
+    return Image.open(io.BytesIO(view.annotated(least_probability)))
+
+
+@pytest.mark.parametrize(
+    ("faces", "size", "least_px"), [(1, (1536, 600), 29), (4, (1536, 600), 16), (1, (400, 500), 16), (1, (60, 90), 16)]
+)
+def test_captions_have_a_height_on_the_page(
+    encode: Any, monkeypatch: pytest.MonkeyPatch, faces: int, size: tuple[int, int], least_px: int
+) -> None:
+    heights: list[float] = []
+    load = ImageFont.load_default
+    monkeypatch.setattr(ImageFont, "load_default", lambda height: heights.append(height) or load(height))
+    found = tuple(replace(FACE, index=index, box=(5.0, 5.0, 25.0, 25.0)) for index in range(faces))
+    view = View.of(encode(Image.new("RGB", size), "PNG"), ImageResult("a.png", "ok", None, *size, found))
+    photo = opened(view, 0.5)
+    assert heights[0] * view.size[0] / photo.width == pytest.approx(least_px, abs=0.5)
+
+
+def test_a_small_photograph_with_a_face_is_enlarged_for_its_captions(encode: Any) -> None:
+    pixels = np.full((120, 100, 3), 128, np.uint8)
+    face = replace(FACE, box=(25.0, 20.0, 75.0, 80.0))
+    view = View.of(encode(pixels, "PNG"), ImageResult("a.png", "ok", None, 100, 120, (face,)))
+    assert view.size == (300, 360)
+    photo = opened(view, 0.5)
+    assert photo.size == (600, 720)
+    middle = np.asarray(photo)[140:460, 170:430]  # of the face
+    assert (np.abs(middle.astype(int) - 128) < 9).all()
+
+
+@pytest.mark.parametrize(
+    ("least_probability", "caption"), [(0.83, "female 83%\n34 (28-41)"), (0.84, "undecided\n34 (28-41)")]
+)
+def test_the_picture_agrees_with_the_card_on_what_is_undecided(
+    encode: Any, monkeypatch: pytest.MonkeyPatch, least_probability: float, caption: str
+) -> None:
+    said: list[str] = []
+    text = ImageDraw.ImageDraw.multiline_text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw,
+        "multiline_text",
+        lambda draw, xy, *told, **how: said.append(told[0]) or text(draw, xy, *told, **how),
+    )
+    face = replace(FACE, box=(100.0, 100.0, 300.0, 300.0))
+    view = View.of(encode(Image.new("RGB", (600, 600), "grey"), "PNG"), ImageResult("a", "ok", None, 600, 600, (face,)))
+    photo = opened(view, least_probability)
+    red, green, blue = photo.getpixel((photo.width // 3, photo.width * 301 // 600 + 4))  # of the caption, or of its box
+    assert said == [caption]
+    assert (max(red, green, blue) - min(red, green, blue) < 20) == caption.startswith("undecided")
+
+
+def test_a_child_of_one_and_a_single_face_are_told_in_the_singular() -> None:
+    def page() -> None:
+        import io
+
+        from PIL import Image
+
+        from agegender import FacePrediction, ImageResult
+        from app.photograph import Portrait, View, show_view
+
+        buffer = io.BytesIO()
+        Image.new("RGB", (9, 9)).save(buffer, "JPEG")
+        face = FacePrediction(0, (0.0, 0.0, 9.0, 9.0), 0.9, 1.2, 0.0, 4.0, "male", 0.9)
+        result = ImageResult("a.png", "ok", None, 9, 9, (face,))
+        view = View(result, buffer.getvalue(), (9, 9), (Portrait(face, buffer.getvalue(), 1.0),))
+        show_view(view, key="0", least_probability=0.7, coverage=0.9)
+
+    app = AppTest.from_function(page, default_timeout=120).run()
+    assert "1 year" in texts(app.subheader)
+    assert app.get("image")[0].proto.imgs[0].alt == "a.png with 1 marked face"
+    assert [text for text in texts(app.markdown) if "Blurred: errors grow." in text]
+    assert not [text for text in texts(app.caption) if "errors grow" in text], "a caption is pale"
 
 
 def test_the_shown_photograph_is_bounded(encode: Any) -> None:

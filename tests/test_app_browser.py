@@ -8,13 +8,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from agegender import ImageResult, Item, Predictor
 from agegender.records import arrow_table, from_json, to_json
@@ -224,6 +224,91 @@ def test_a_charts_own_buttons_cover_no_choice(
     assert buttons
     assert choice
     assert choice["y"] >= buttons["y"] + buttons["height"]
+
+
+def test_filters_outlive_a_look_at_the_other_page(app: App, browser: "Browser", tmp_path: Path) -> None:
+    failed = [ImageResult(name, "unreadable", "damaged") for name in ("a.jpg", "b.jpg")]
+    out = out_of(tmp_path / "out", [*failed, ImageResult("c.png", "no_face", None, 9, 9)])
+    page = open_page(browser, f"{app.address}/results")
+    page.get_by_role("textbox", name="Output directory").fill(str(out))
+    page.keyboard.press("Enter")
+    page.get_by_text("3 filtered of 3 rows").wait_for()
+    page.get_by_role("textbox", name="Path contains").fill(".jpg")
+    page.keyboard.press("Enter")
+    page.get_by_text("2 filtered of 3 rows").wait_for()
+    page.get_by_role("link", name="Try it").click()
+    page.get_by_text("JPEG, PNG, WebP").wait_for()
+    page.get_by_role("link", name="Batch results").click()
+    page.get_by_text("2 filtered of 3 rows").wait_for()
+    settle(page)
+    assert page.get_by_role("textbox", name="Path contains").input_value() == ".jpg"
+
+
+def test_rows_stay_chosen_while_another_page_of_the_table_is_shown(
+    app: App, browser: "Browser", tmp_path: Path
+) -> None:
+    out = out_of(tmp_path / "out", [ImageResult(f"{number}.jpg", "unreadable", "damaged") for number in range(101)])
+    page = open_page(browser, f"{app.address}/results")
+    page.get_by_role("textbox", name="Output directory").fill(str(out))
+    page.keyboard.press("Enter")
+    page.get_by_text("101 filtered of 101 rows").wait_for()
+    settle(page)
+    choose_row(page, 1)
+    page.get_by_text("1 chosen of 101 rows").wait_for()
+    for number in (2, 1):
+        page.get_by_role("button", name=f"Page {number}", exact=True).click()
+        settle(page)
+        page.get_by_text("1 chosen of 101 rows").wait_for()
+    choose_row(page, 3)
+    page.get_by_text("2 chosen of 101 rows").wait_for()
+    settle(page)
+    choose_row(page, 1)  # the tick is there to be taken away
+    page.get_by_text("1 chosen of 101 rows").wait_for()
+
+
+# Of each element that holds text itself, laid over all that lies behind it (WCAG 2.2, contrast ratio).
+_CONTRAST = """element => {
+    const channel = value => (value /= 255) <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4
+    const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b)
+    const parts = colour => { const [r, g, b, a] = colour.match(/[.\\d]+/g).map(Number); return [r, g, b, a ?? 1] }
+    const laid = (top, below) => [0, 1, 2].map(at => top[at] * top[3] + below[at] * (1 - top[3]))
+    const around = []
+    for (let each = element; each; each = each.parentElement) around.unshift(getComputedStyle(each))
+    const ground = around.reduce((below, style) => laid(parts(style.backgroundColor), below), [255, 255, 255])
+    const text = parts(getComputedStyle(element).color)
+    text[3] *= around.reduce((product, style) => product * style.opacity, 1)
+    const [dark, bright] = [light(ground), light(laid(text, ground))].sort((a, b) => a - b)
+    return (bright + 0.05) / (dark + 0.05)
+}"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_warnings_notices_and_names_are_legible(
+    app: App, browser: "Browser", grace_hopper: bytes, encode: Callable[..., bytes], dark: bool
+) -> None:
+    blurred = Image.open(io.BytesIO(grace_hopper)).convert("RGB").filter(ImageFilter.GaussianBlur(9))
+    page = open_page(browser, app.address, dark=dark)
+    upload(page, ("blurred.png", encode(blurred, "PNG")), ("notes.txt", b"hello"))
+    main = page.get_by_test_id("stMain")
+    main.get_by_text("errors grow.").wait_for()
+    settle(page)
+    for text in ("errors grow.", "Not for decisions", "detector score", "1 file that cannot be used", "notes.txt"):
+        for element in main.get_by_text(text).all() or pytest.fail(f"{text} is not there"):
+            assert element.evaluate(_CONTRAST) >= 4.5, text
+
+
+def test_charts_side_by_side_have_plots_of_one_height(
+    app: App, browser: "Browser", predictor: Predictor, group_jpeg: bytes, tmp_path: Path
+) -> None:
+    out = out_of(tmp_path / "out", predictor.predict([Item(group_jpeg, "group.jpg")]))
+    page = open_page(browser, f"{app.address}/results")
+    page.get_by_role("textbox", name="Output directory").fill(str(out))
+    page.keyboard.press("Enter")
+    page.get_by_text("2 filtered of 2 rows").wait_for()
+    settle(page)
+    plots = page.locator("[data-testid=stVegaLiteChart] g.role-frame.root > g > path.background").all()
+    heights = [box["height"] for plot in plots[:2] if (box := plot.bounding_box())]
+    assert heights[0] == pytest.approx(heights[1], abs=3)
 
 
 def test_a_download_of_rows_that_are_gone_is_told_of(

@@ -1,6 +1,7 @@
 """The batch job through real Ray: a hostile directory, the predictor's numbers, and what a second call does."""
 
 import json
+import logging
 import os
 import shlex
 import signal
@@ -176,7 +177,7 @@ def test_gpus_that_are_not_there_are_missed_in_a_sentence(hostile: Hostile, tmp_
     assert done.returncode == 2
     assert done.stderr.count("\n") <= 2
     assert "--gpus 99 was asked for, but Ray finds" in done.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_nobody_has_to_listen(hostile: Hostile, tmp_path: Path) -> None:
@@ -358,9 +359,10 @@ def test_an_interrupt_that_python_drops_ends_the_run_all_the_same() -> None:
         "class Drops:\n"
         "    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
         "def run(*_):\n"
-        "    Drops()\n"
-        "    print('goes on', flush=True)\n"
-        "    time.sleep(60)\n"
+        "    with limits.told_if_killed():\n"
+        "        Drops()\n"
+        "        print('goes on', flush=True)\n"
+        "        time.sleep(60)\n"
         "job._run = run\n"
         "limits._ENDED_S, limits._IMPATIENT_S = map(float, sys.argv[1:])\n"
         "sys.exit(job.main(['photos', 'out']))\n"
@@ -376,6 +378,7 @@ def test_an_interrupt_that_python_drops_ends_the_run_all_the_same() -> None:
             _, told = started.communicate(timeout=30)
         assert started.returncode == 130
         assert "batch: interrupted, and ended without tidying up; what is done stays done" in told
+        assert "killed" not in told
 
 
 def test_an_interrupt_inside_of_an_import_is_one() -> None:
@@ -391,3 +394,52 @@ def test_an_interrupt_inside_of_an_import_is_one() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (130, "\nbatch: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("hook", "does"),
+    [
+        pytest.param(
+            "_releaseLock",
+            "os.fork() or os._exit(0)",
+            marks=pytest.mark.skipif(not hasattr(logging, "_releaseLock"), reason="Python 3.13 has no such hook"),
+        ),
+        ("cb", "import this"),
+    ],
+)
+def test_an_interrupt_inside_a_hook_comes_after_it(hook: str, does: str) -> None:
+    """What is raised inside, Python drops; and that of a fork would keep the lock of `logging`."""
+    code = (
+        "import logging, os, signal, sys, threading, time\n"
+        "import batch.__main__ as job\n"
+        "def interrupt(frame, event, _):\n"
+        "    if event == 'call' and frame.f_code.co_name == sys.argv[1]:\n"
+        "        sys.setprofile(None)\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "def run(*_):\n"
+        "    os.register_at_fork(before=lambda: sys.setprofile(interrupt))\n"
+        "    sys.setprofile(interrupt)\n"
+        "    exec(sys.argv[2])\n"
+        "    time.sleep(20)\n"
+        "job._run = run\n"
+        "code = job.main(['photos', 'out'])\n"
+        "other = threading.Thread(target=logging.getLogger('other').warning, args=['free'], daemon=True)\n"
+        "other.start(), other.join(5)\n"
+        "os._exit(code)\n"
+    )
+    call = [sys.executable, "-c", code, hook, does]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, "\nbatch: interrupted\nfree\n")
+
+
+def test_a_python_without_docstrings_is_told_of(tmp_path: Path) -> None:
+    done = run_batch(tmp_path, tmp_path / "out", PYTHONOPTIMIZE="2")
+    assert done.returncode == 2
+    assert done.stderr == "batch: Ray does not work without docstrings; unset PYTHONOPTIMIZE, or leave -OO out\n"
+
+
+def test_little_is_imported_before_an_interrupt_is_heeded() -> None:
+    """Or one would end in a traceback."""
+    code = "import sys, batch.__main__; sys.exit(sorted({'tqdm', 'subprocess', 'pyarrow', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.strip() == "[]"

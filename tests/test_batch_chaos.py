@@ -70,8 +70,8 @@ def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Starts the job aside; what is left of it is ended after the test."""
     started = []
 
-    def start_(*arguments: object) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    def start_(*arguments: object, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=stderr)
         started.append(process)
         return process
 
@@ -165,6 +165,22 @@ def test_a_model_in_a_process_of_its_own_starts_again_when_it_is_killed(
     assert len(victims) == 1
     assert process.wait(TIMEOUT_S) == 0
     assert outcomes(out)["path"].equals(unbroken["path"])
+
+
+def test_an_end_by_the_engine_is_told_of_and_the_rest_follows(
+    chips: Path, unbroken: pa.Table, tmp_path: Path, start: Callable[..., subprocess.Popen[bytes]]
+) -> None:
+    """Ray ends this process too when its own on this machine dies."""
+    out = tmp_path / "out"
+    process = start(chips, out, stderr=subprocess.PIPE)
+    assert wait_for(lambda: committed(out) > 0)
+    (raylet,) = [child for child in psutil.Process(process.pid).children() if child.name() == "raylet"]
+    raylet.kill()
+    _, told = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
+    assert b"batch: this process was ended by its engine or killed; what is done stays done" in told
+    assert finish(chips, out).returncode == 0
+    assert outcomes(out).equals(unbroken)
 
 
 def test_ctrl_c_stops_within_seconds_and_the_rest_follows(

@@ -4,6 +4,8 @@ import contextlib
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import ray
 
 from batch.engine import _check_gpus, _private_cluster, _scratch, _start, running_engine, worker_count
-from batch.errors import JobError, RequestError
+from batch.errors import BatchError, JobError, RequestError
 from batch.request import Resources
 
 
@@ -60,6 +62,54 @@ def test_a_cluster_that_does_not_answer_is_told_of_at_once(address: str) -> None
     ):
         pass
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("address", ["LOCAL", "x:y", "ray://x"])
+def test_what_is_no_address_is_a_wrong_call(address: str) -> None:
+    with pytest.raises(RequestError, match="is no address of a Ray cluster; give"), running_engine(Resources(address)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "told"),
+    [
+        ("auto", ConnectionError("none"), "no Ray cluster runs on this machine, as auto asks for"),
+        ("127.0.0.1:{port}", RuntimeError("another version"), "Ray does not join 127.* another version"),
+        (None, UnicodeEncodeError("utf-8", "\udcff", 0, 1, "surrogates"), "set TMPDIR to an ASCII name"),
+    ],
+)
+def test_a_start_is_not_tried_again_where_that_cannot_help(
+    address: str | None, error: Exception, told: str, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[object] = []
+
+    def init(**options: object) -> None:
+        starts.append(options)
+        raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        resources = Resources(address and address.format(port=server.getsockname()[1]))
+        with pytest.raises(BatchError, match=told) as raised:
+            _start(resources, str(temporary))
+    assert len(starts) == 1
+    assert "try again" not in str(raised.value)
+
+
+def test_what_ends_this_process_beside_python_is_told_of(temporary: Path) -> None:
+    """As Ray does when one of its own processes dies."""
+    code = (
+        "import os, batch.engine as engine\n"
+        "from batch.request import Resources\n"
+        "engine._start = lambda *_: os._exit(1)\n"
+        "with engine.running_engine(Resources()): pass\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    call = [sys.executable, "-c", code]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("\nbatch: this process was ended by its engine or killed; what is done stays done")
+    assert done.stderr.count("\n") == 2
 
 
 def test_a_directory_of_too_long_a_name_for_sockets_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def test_a_run_that_wakes_up_while_its_successor_publishes_takes_nothing_away(
                 asleep.result()
             return sizes
 
-        monkeypatch.setattr(successor, "clear_staging", lambda: None)  # as if the sleeper had begun a moment later
+        monkeypatch.setattr("batch.output._STAGING", "other-")  # as if the sleeper had begun a moment later
         monkeypatch.setattr("batch.publish._stage", stage_and_wake_it_up)
         publish(successor, run, parts)
     ids = [pq.read_table(path)["id"].to_pylist() for path in successor.files()]

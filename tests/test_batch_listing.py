@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pyarrow import fs
 
 from batch.errors import SourceError
-from batch.listing import MANIFEST_SCHEMA, Input, Listing, block_size, blocks_of, shard_count
+from batch.listing import MANIFEST_SCHEMA, Input, Listing, block_size, blocks_of, digest, shard_count
 from batch.location import FileTooLargeError, decode_path, encode_path, is_remote, normalize, read_bytes
 
 Bytes = st.binary(min_size=1, max_size=40).map(lambda name: b"/" + name.replace(b"\0", b"x"))
@@ -65,10 +65,14 @@ def test_the_parent_of_a_link_is_that_of_what_it_leads_to(tmp_path: Path) -> Non
     assert normalize("/a\0/../b") == "/b"
 
 
+def listed(source: str) -> list[Input]:
+    return list(Listing([source]).inputs())
+
+
 def names(*sources: object, **options: object) -> list[str]:
     listing = Listing([normalize(str(source)) for source in sources], **options)  # type: ignore[arg-type]
     listing.check()
-    return [each.path for each in listing]
+    return [each.path for each in listing.inputs()]
 
 
 @pytest.fixture
@@ -104,7 +108,7 @@ def test_links_to_directories_are_counted_or_entered_once(folder: Path) -> None:
     (folder.parent / "other").mkdir()
     (folder.parent / "other" / "four.jpg").write_bytes(b"data")
     listing = Listing([str(folder)])
-    assert len(list(listing)) == 4
+    assert len(list(listing.inputs())) == 4
     assert listing.excluded == {"link to a directory": 3}
     followed = names(folder, follow_links=True)
     assert len(followed) == len(set(followed)) == 5
@@ -135,7 +139,7 @@ def test_a_directory_that_cannot_be_listed_is_an_input_with_an_error(
 
     real = os.scandir
     monkeypatch.setattr(os, "scandir", scandir)
-    failed = [each for each in Listing([str(folder)]) if each.error]
+    failed = [each for each in Listing([str(folder)]).inputs() if each.error]
     assert failed == [Input(str(folder / "b"), "the directory cannot be listed: Permission denied")]
 
 
@@ -149,7 +153,7 @@ def test_nesting_deeper_than_a_path_may_be_long(tmp_path: Path) -> None:
         here = below
     os.close(here)
     (tmp_path / "beside.jpg").write_bytes(b"data")
-    found = list(Listing([str(tmp_path)]))
+    found = listed(str(tmp_path))
     assert Input(str(tmp_path / "beside.jpg")) in found
     (too_deep,) = [each for each in found if each.error]
     assert "File name too long" in str(too_deep.error)
@@ -157,9 +161,19 @@ def test_nesting_deeper_than_a_path_may_be_long(tmp_path: Path) -> None:
 
 def test_overlapping_sources_give_each_input_once(folder: Path) -> None:
     listing = Listing([str(folder), str(folder / "b"), str(folder / "one.jpg")])
-    found = [each.path for each in listing]
+    found = [each.path for each in listing.inputs()]
     assert len(found) == len(set(found)) == 4
     assert listing.excluded == {"named twice or already in the output": 3}
+
+
+def test_a_listing_can_be_asked_again(folder: Path) -> None:
+    listing = Listing([str(folder), str(folder / "b")])
+    once, left_out = list(listing.inputs()), dict(listing.excluded)
+    assert list(listing.inputs()) == once
+    assert listing.excluded == left_out
+    known = {digest(each.path) for each in once[1:]}
+    assert list(listing.inputs(known)) == once[:1]
+    assert known == {digest(each.path) for each in once}
 
 
 def test_a_glob_matches_files_and_directories(folder: Path) -> None:
@@ -175,7 +189,7 @@ def test_a_glob_reads_no_lists_enters_no_output_and_goes_round_in_no_circle(fold
     (folder / "again").symlink_to(folder)
     for pattern in ("**", "*", "**/*"):
         listing = Listing([str(folder / pattern)], skip=str(folder / "out"))
-        found = [each.path for each in listing]
+        found = [each.path for each in listing.inputs()]
         assert sorted(found) == [
             str(folder / name) for name in ("b/.hidden/three.jpg", "b/two.jpg", "notes.txt", "one.jpg")
         ]
@@ -220,7 +234,7 @@ def test_a_glob_tells_of_directories_that_the_disk_does_not_give(folder: Path, m
         return scan(path)
 
     monkeypatch.setattr("os.scandir", broken)
-    found = list(Listing([str(folder / "**" / "*.jpg")]))
+    found = listed(str(folder / "**" / "*.jpg"))
     assert Input(str(folder / "b"), "the directory cannot be listed: Input/output error") in found
     assert Input(str(folder / "one.jpg")) in found
 
@@ -282,7 +296,7 @@ def test_a_wildcard_for_directories_is_none_for_files(folder: Path) -> None:
 
 def test_two_wildcards_for_directories_name_nothing_twice(folder: Path) -> None:
     listing = Listing([str(folder / "**" / "b" / "**" / "*.jpg")])
-    assert sorted(each.path for each in listing) == [
+    assert sorted(each.path for each in listing.inputs()) == [
         str(folder / name) for name in ("b/.hidden/three.jpg", "b/two.jpg")
     ]
     assert not listing.excluded
@@ -314,8 +328,10 @@ def test_sources_and_lists_whose_names_are_not_utf_8(tmp_path: Path) -> None:
     (odd / "list.txt").write_bytes(b"s3://bucket/caf\xe9.jpg\n/tmp/two.jpg")
     assert names(odd / "one.jpg") == [encode_path(os.fsencode(odd / "one.jpg"))]
     assert len(names(odd)) == 2
-    listed = list(Listing([normalize(str(odd / "list.txt"))]))
-    assert listed == [Input("s3://bucket/caf\\xe9.jpg", "the URI is not UTF-8"), Input("/tmp/two.jpg")]
+    assert listed(normalize(str(odd / "list.txt"))) == [
+        Input("s3://bucket/caf\\xe9.jpg", "the URI is not UTF-8"),
+        Input("/tmp/two.jpg"),
+    ]
 
 
 def test_sources_that_cannot_be_used(folder: Path, tmp_path: Path) -> None:
@@ -357,12 +373,12 @@ def test_a_glob_is_no_pattern_of_the_directory_that_it_is_given_in(
         (tmp_path / name).write_bytes(b"data")
     monkeypatch.chdir(tmp_path / "trip[12]")
     for pattern in ("*.jpg", "../trip[[]12]/*.jpg"):
-        assert list(Listing([normalize(pattern, may_match=True)])) == [Input(str(tmp_path / "trip[12]" / "mine.jpg"))]
+        assert listed(normalize(pattern, may_match=True)) == [Input(str(tmp_path / "trip[12]" / "mine.jpg"))]
     assert normalize("new*") == str(tmp_path / "trip[12]" / "new*")
-    assert not list(Listing([normalize("other.jpg", may_match=True)]))
+    assert not listed(normalize("other.jpg", may_match=True))
     (tmp_path / "trip[12]" / "in").mkdir()
     monkeypatch.chdir("in")
-    assert list(Listing([normalize("../*.jpg", may_match=True)])) == [Input(str(tmp_path / "trip[12]" / "mine.jpg"))]
+    assert listed(normalize("../*.jpg", may_match=True)) == [Input(str(tmp_path / "trip[12]" / "mine.jpg"))]
 
 
 def test_a_glob_in_a_directory_whose_name_is_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +386,7 @@ def test_a_glob_in_a_directory_whose_name_is_not_utf_8(tmp_path: Path, monkeypat
     odd.mkdir()
     (odd / "one.jpg").write_bytes(b"data")
     monkeypatch.chdir(odd)
-    assert list(Listing([normalize("*.jpg", may_match=True)])) == [Input(encode_path(os.fsencode(odd / "one.jpg")))]
+    assert listed(normalize("*.jpg", may_match=True)) == [Input(encode_path(os.fsencode(odd / "one.jpg")))]
 
 
 def test_names_are_the_same_bytes_in_every_locale(repository: Path) -> None:
@@ -390,7 +406,7 @@ def test_lists_with_holes_and_of_other_encodings(folder: Path) -> None:
     for column in (text, pa.Array.from_buffers(pa.string(), 4, text.buffers())):
         pq.write_table(pa.table({"path": column}), table)
         listing = Listing([str(table)])
-        assert [each.path for each in listing] == ["file:///caf%E9.jpg", "/b.jpg"]
+        assert [each.path for each in listing.inputs()] == ["file:///caf%E9.jpg", "/b.jpg"]
         assert listing.excluded == {"no path in a list": 2}
     pq.write_table(pa.table({"path": pa.array(["/a.jpg", None, "/a.jpg"]).dictionary_encode()}), table)
     assert names(table) == ["/a.jpg"]
@@ -398,9 +414,12 @@ def test_lists_with_holes_and_of_other_encodings(folder: Path) -> None:
     with pytest.raises(SourceError, match="is UTF-16; save it as UTF-8"):
         names(folder / "list.txt")
     (folder / "list.txt").write_text("s3://\n/a.jpg")
-    assert list(Listing([str(folder / "list.txt")])) == [Input("s3://", "s3:// names no bucket"), Input("/a.jpg")]
+    assert listed(str(folder / "list.txt")) == [
+        Input("s3://", "s3:// names no bucket"),
+        Input("/a.jpg"),
+    ]
     (folder / "list.txt").write_bytes(b"s3:///caf\xc3\xa9\nfile:///caf\xe9.jpg")
-    (table,) = blocks_of(Listing([str(folder / "list.txt")]))
+    (table,) = blocks_of(Listing([str(folder / "list.txt")]).inputs())
     assert table["paths"].to_pylist() == [["file:///caf%E9.jpg", "s3:///caf\u00e9"]]
 
 
@@ -439,7 +458,7 @@ def test_two_slashes_in_a_key_lead_round_in_no_circle(root: str, monkeypatch: py
             return [fs.FileInfo(itself, fs.FileType.Directory), fs.FileInfo(f"{root}/1.jpg", fs.FileType.File)]
 
     monkeypatch.setattr("batch.listing.filesystem_of", lambda _: (Store(), root))
-    slashes, file = Listing([f"s3://{root}"])
+    slashes, file = Listing([f"s3://{root}"]).inputs()
     assert (slashes.path.rstrip("/"), file.path) == (f"s3://{root}", f"s3://{root}/1.jpg")
     assert slashes.error
 
@@ -472,7 +491,7 @@ def test_ten_thousand_files_in_one_directory(tmp_path: Path) -> None:
     (tmp_path / "0").write_bytes(b"data")
     for number in range(1, 10_000):
         os.link(tmp_path / "0", tmp_path / str(number))
-    (table,) = blocks_of(Listing([str(tmp_path)]))
+    (table,) = blocks_of(Listing([str(tmp_path)]).inputs())
     assert table.schema.equals(MANIFEST_SCHEMA)
     assert sum(map(len, table["paths"].to_pylist())) == 10_000
     assert table.num_rows < 200

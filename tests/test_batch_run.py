@@ -2,19 +2,23 @@
 
 import contextlib
 import errno
+import fcntl
 import inspect
 import io
 import json
 import os
 import random
 import re
+import shutil
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pandas as pd
@@ -28,9 +32,9 @@ import batch.engine
 import batch.job
 import batch.report
 from agegender import Predictor
-from batch.__main__ import main
+from batch.__main__ import _address, main
 from batch.engine import quiet
-from batch.errors import IncompleteError, JobError, OutputError, RequestError, SourceError, TooManyBadError
+from batch.errors import BatchError, IncompleteError, JobError, OutputError, RequestError, SourceError, TooManyBadError
 from batch.listing import Input, blocks_of
 from batch.output import Output, Run
 from batch.preview import _draw
@@ -38,7 +42,7 @@ from batch.progress import BlockReport, Progress, Tally, bad_count
 from batch.publish import Part, committed_parts, publish
 from batch.report import write_report
 from batch.request import Request, Resources, ScoreOptions
-from batch.run import _exceeds, _Watch, run_batch
+from batch.run import _code_digest, _exceeds, _Watch, run_batch
 from batch.samples import write_samples
 from batch.scorer import BLOCK_SCHEMA, Scorer, score
 from batch.summary import Counts
@@ -71,7 +75,7 @@ class Engine:
     ) -> None:
         self.calls += 1
         tally = Tally()
-        scorer = Scorer(options, model, (), tally)
+        scorer = Scorer(options, model, tally)
         done = {block for part in committed_parts(output, run)[0] for block in part.blocks}
         left = [row for row in pq.read_table(output.manifest(run)).to_pylist() if row["block"] not in done]
         parts, checkpoint = output.parts(run), output.checkpoint(run)
@@ -209,6 +213,71 @@ def test_a_call_that_is_refused_leaves_no_directory_behind(request_: Request, sa
     with pytest.raises(RequestError, match=r"gone\.pt"):
         run_batch(replace(request_, model="gone.pt"), said.append)
     assert not Path(request_.out).exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("refusal", [RequestError("no such cluster"), JobError("no cluster answers")])
+def test_what_the_engine_refuses_leaves_only_what_was_there(
+    request_: Request,
+    engine: Engine,
+    said: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refusal: BatchError,
+    there: bool,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "empty" / "new" / "out"
+    if there:
+        out.mkdir(parents=True)
+    monkeypatch.setattr(batch.engine, "running_engine", failing(refusal))
+    with pytest.raises(type(refusal)):
+        run_batch(replace(request_, out=str(out)), said.append)
+    assert list((tmp_path / "empty").rglob("*")) == ([out.parent, out] if there else [])
+
+
+def test_an_output_that_another_run_has_deleted_as_empty_is_not_used(tmp_path: Path) -> None:
+    """Between the moment when it is opened and the one when it is locked."""
+    out = tmp_path / "out"
+    out.mkdir()
+    output, lock = Output(str(out)), fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        out.rmdir()
+        out.mkdir()
+        lock(descriptor, operation)
+
+    with (
+        patch("batch.output.fcntl.flock", late),
+        pytest.raises(OutputError, match="another run"),
+        output.locked(),
+    ):
+        pass
+
+
+def test_a_run_that_lost_its_output_deletes_no_listing_there(tmp_path: Path) -> None:
+    output, run = Output(str(tmp_path)), Run("0" * 8, "", "", {}, {}, [], 0, 0)
+    manifest = Path(output.manifest(run))
+    manifest.mkdir(parents=True)
+    output.check_held = failing(JobError("taken over"))
+    with pytest.raises(JobError, match="taken over"):
+        output.drop(run)
+    assert manifest.exists()
+
+
+def test_the_version_tells_of_the_code_that_outcomes_come_from_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("agegender", "batch"):
+        shutil.copytree(package, tmp_path / package)
+    monkeypatch.setattr("batch.run.files", lambda package: tmp_path / package)
+    digests = [_code_digest()]
+    for name in ("agegender/draw.py", "agegender/client.py", "agegender/__main__.py", "batch/run.py"):
+        (tmp_path / name).write_text("")
+        digests.append(_code_digest())
+    assert len(set(digests)) == 1
+    (tmp_path / "agegender" / "chips.py").write_text("")
+    assert _code_digest() != digests[0]
 
 
 def test_blocks_that_a_worker_committed_and_lost_are_done_in_a_second_round(
@@ -573,9 +642,13 @@ def test_what_is_wrong_is_said_before_anything_begins(
     with pytest.raises(OutputError, match="cannot write to"):
         run_batch(replace(request_, out="/proc/out"), said.append)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match="found no files"):
+    with pytest.raises(SourceError, match=r"found no files in .*empty; check the name"):
         run_batch(replace(request_, sources=(str(tmp_path / "empty"),)), said.append)
-    assert not list(Path(request_.out).glob("_run/*"))
+    (tmp_path / "empty" / "link").symlink_to(request_.sources[0])
+    with pytest.raises(SourceError, match=r"found no files in .*; left out were 1 \(link to a directory\)"):
+        run_batch(replace(request_, sources=(str(tmp_path / "empty"),)), said.append)
+    assert not Path(request_.out).exists()
+    Path(request_.out).mkdir()
     Path(request_.out, os.fsdecode(b"caf\xe9")).touch()
     with pytest.raises(OutputError, match="whose name is not UTF-8"):
         run_batch(request_, said.append)
@@ -625,6 +698,25 @@ def test_an_engine_that_stands_still_is_given_up(monkeypatch: pytest.MonkeyPatch
     now[0] += 60 * 2
     with pytest.raises(JobError, match="no input was read or done for 30 minutes"):
         patience.look(BlockReport(stages_s={"read": 80.0}))
+
+
+def test_the_tally_is_asked_once_a_second_from_the_first_result_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each question costs a small machine something; the first result is shown at once."""
+    waits: list[float] = []
+
+    def wait(seconds: float) -> bool:
+        waits.append(seconds)
+        return len(waits) == 5
+
+    ended = SimpleNamespace(wait=wait)
+    pipeline = SimpleNamespace(start=lambda: None, stop=lambda: None, ended=ended, error=None)
+    totals = iter([BlockReport(), BlockReport(stages_s={"read": 1.0}), *[BlockReport(Counter(ok=1))] * 3])
+    monkeypatch.setattr(batch.job, "_Pipeline", lambda *_: pipeline)
+    monkeypatch.setattr(batch.job, "_RemoteTally", lambda _: SimpleNamespace(total=lambda: next(totals)))
+    for name in ("ray", "NodeAffinitySchedulingStrategy"):
+        monkeypatch.setattr(batch.job, name, MagicMock())
+    batch.job.score_manifest(*[MagicMock()] * 6)
+    assert waits == [0.25, 0.25, 0.25, 1.0, 1.0]
 
 
 def test_two_runs_do_not_share_an_output(request_: Request, engine: Engine, said: list[str]) -> None:
@@ -717,9 +809,8 @@ def test_what_a_call_left_that_ended_while_it_published_goes(
     output, run = interrupted(request_, engine, said)
     older, stale, aside = (
         Path(folder) / f"faces-{run_id}-00007.parquet"
-        for folder, run_id in ((output.base, "0" * 8), (output.base, run.id), (output.staging(), run.id))
+        for folder, run_id in ((output.base, "0" * 8), (output.base, run.id), (output.new_staging(), run.id))
     )
-    aside.parent.mkdir()
     for path in (older, stale, aside):
         path.write_bytes(b"PAR1")
     parts, counts = committed_parts(output, run)
@@ -791,7 +882,7 @@ def test_a_dry_run_tells_how_long_all_files_take_all_processes(
     monkeypatch.setattr("batch.preview._try", lambda *_: (Counter(ok=24), 24 * 60.0))
     monkeypatch.setattr("batch.preview.core_count", lambda: 2)
     run_batch(replace(request_, dry_run=True, resources=Resources(workers=workers)), said.append)
-    assert said[-1].startswith(told)
+    assert said[-1] == f"{told}, after about 9 s to start"
 
 
 @pytest.mark.parametrize(("names", "sample", "draws"), [(3, 1, 3000), (1000, 24, 100)])
@@ -814,7 +905,7 @@ def test_a_dry_run_tries_early_and_late_files_alike(
 def test_a_dry_run_tells_of_wrong_options_before_it_lists(
     request_: Request, said: list[str], monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("batch.listing.Listing.__iter__", lambda _: pytest.fail("it was listed"))
+    monkeypatch.setattr("batch.listing.Listing.inputs", lambda *_: pytest.fail("it was listed"))
     with pytest.raises(RequestError):
         run_batch(replace(request_, dry_run=True, **wrong), said.append)
 
@@ -945,10 +1036,10 @@ def test_readers_of_other_libraries_see_the_same(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gone", "out"], "gone does not exist"),
+        (["gone", "out"], "gone does not exist; check the name"),
         (["tests", "out", "--model", "gone.pt"], "cannot read the model gone.pt"),
         (["tests", "out", "--min-score", "7"], "min_score"),
-        (["report", "gone"], "is not a finished output"),
+        (["report", "gone"], "has no _summary.json; score it with `python -m batch SOURCE DIR`, or finish the run"),
         (["tests", "out", "--overwrite", "--model", "gone.pt"], "cannot read the model gone.pt"),
     ],
 )
@@ -997,11 +1088,35 @@ def test_the_defaults_are_the_predictors() -> None:
     }
 
 
-@pytest.mark.parametrize("option", ["--workers", "--gpus", "--max-bytes"])
-def test_numbers_below_zero_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [("--workers", -1, 1), ("--workers", 0, 1), ("--gpus", -1, 0), ("--max-bytes", -1, 0)],
+)
+def test_numbers_too_small_are_refused(option: str, value: int, told: int, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["gone", "out", f"{option}=-1"])
-    assert "'-1' is not a number from 0 on" in capsys.readouterr().err
+        main(["gone", "out", f"{option}={value}"])
+    assert f"'{value}' is not a number from {told} on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "set_", "address"),
+    [(None, None, None), (None, " ", None), (None, " local", None), (None, " a:1 ", "a:1"), ("auto", "a:1", "auto")],
+)
+def test_the_cluster_is_that_of_the_option_or_the_environment(
+    given: str | None, set_: str | None, address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if set_ is not None:
+        monkeypatch.setenv("RAY_ADDRESS", set_)
+    assert _address(given) == address
+
+
+def test_what_the_libraries_use_that_is_deprecated_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here or in Ray's processes, where a caller has made errors of it."""
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    assert main(["report", "gone"]) == 2
+    assert "PYTHONWARNINGS" not in os.environ
+    warnings.warn("as in Ray", DeprecationWarning, stacklevel=1)
 
 
 @pytest.mark.parametrize("value", ["5", "0", "2.5%"])
@@ -1075,8 +1190,8 @@ def test_a_file_that_kills_its_process_is_given_up(model_path: Path, tmp_path: P
     tally = Tally()
     for _ in range(3):
         with pytest.raises(Died):
-            Mortal(WHOLE, model_path.read_bytes(), (), tally)(table)
-    rows = Mortal(WHOLE, model_path.read_bytes(), (), tally)(table)
+            Mortal(WHOLE, model_path.read_bytes(), tally)(table)
+    rows = Mortal(WHOLE, model_path.read_bytes(), tally)(table)
     assert rows.schema.equals(BLOCK_SCHEMA)
     assert rows["status"].to_pylist() == ["ok", "ok", "ok", "failed", "ok", "ok"]
     assert "died" in rows["error"].to_pylist()[3]
@@ -1096,7 +1211,7 @@ def test_reading_is_told_of_before_there_is_a_result(
     monkeypatch.setattr("batch.scorer._REPORT_EVERY_S", -1.0)
     paths = sorted(str(path) for path in source.iterdir())
     block = {"block": 0, "first_id": 0, "paths": paths, "errors": [None] * len(paths)}
-    Scorer(WHOLE, model_path.read_bytes(), (), Listening())(pa.Table.from_pylist([block]))
+    Scorer(WHOLE, model_path.read_bytes(), Listening())(pa.Table.from_pylist([block]))
     before = [read for results, read in told if not results]
     assert len(before) >= 16
     assert before == sorted(set(before))
@@ -1123,7 +1238,7 @@ def test_the_slowest_files_are_so_without_the_network(source: Path, model_path: 
     tally = Tally()
     paths = [str(source / f"{number:02}.png") for number in range(8)]
     block = {"block": 0, "first_id": 0, "paths": paths, "errors": [None] * len(paths)}
-    Slow(WHOLE, model_path.read_bytes(), (), tally)(pa.Table.from_pylist([block]))
+    Slow(WHOLE, model_path.read_bytes(), tally)(pa.Table.from_pylist([block]))
     report = tally.total()
     assert report.stages_s.pop("predict") >= 1000
     assert sorted(path for _, path in report.slowest) == paths

@@ -237,7 +237,7 @@ def test_a_chip_without_size_is_refused(size_px):
     ids=["in one place", "too far apart", "no numbers"],
 )
 def test_landmarks_that_are_no_face_are_refused(landmarks):
-    with pytest.raises(ValueError, match="no chip can be cut"):
+    with pytest.raises(ValueError, match="landmarks cannot be used"):
         cut_chip(np.zeros((100, 100, 3), np.uint8), face_at(landmarks), 64)
 
 

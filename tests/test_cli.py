@@ -6,11 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import pytest
 from PIL import Image
 
+from agegender import Client, ImageResult
 from agegender.__main__ import main
+from agegender.spec import SPEC_FILE
+
+
+@pytest.fixture(autouse=True)
+def freed_memory(monkeypatch):
+    """`main` would change how this process, which runs other tests too, handles freed memory."""
+    monkeypatch.setattr("agegender.__main__.keep_freed_memory", lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +155,7 @@ def test_exit_code_0_when_all_were_looked_at(call, folder):
         ("notes.txt", "not an image of a known format"),
         ("broken.jpg", "damaged JPEG image"),
         ("none.jpg", "cannot be read: No such file or directory"),
-        (".", "cannot be read: Is a directory"),
+        (".", "cannot be read: it is a directory; give its files, or"),
         ("empty", "the file is empty"),
     ],
 )
@@ -196,6 +205,36 @@ def test_whole_takes_each_photo_as_a_face(call, folder):
     code, out, _ = call("--faces", "whole", "--json", folder / "blank.png")
     record = json.loads(out[0])
     assert (code, record["faces"], record["predictions"][0]["score"]) == (0, 1, None)
+
+
+# --- the heading of the intervals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("coverage", "heading"), [(0.9, "90% from"), (0.8, "80% from"), (0.925, "92.5% from")])
+def test_the_heading_has_the_models_own_coverage(coverage, heading, call, folder, model_path, tmp_path):
+    model = tmp_path / "model.pt"
+    with zipfile.ZipFile(model_path) as source, zipfile.ZipFile(model, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            if name.endswith(f"extra/{SPEC_FILE}"):
+                data = json.dumps({**json.loads(data), "coverage": coverage})
+            target.writestr(name, data)
+    _, (first, _), _ = call("--model", model, "--faces", "whole", folder / "blank.png")
+    assert heading in first
+
+
+@pytest.mark.parametrize(
+    ("about", "heading"),
+    [({"coverage": 0.8}, "80% from"), ({"name": "of an older server"}, "interval"), ({}, "interval")],
+)
+def test_the_heading_has_the_coverage_that_a_server_tells(about, heading, folder, monkeypatch, capsys):
+    def predict(client, items):
+        client.about = about
+        return [ImageResult("", "no_face")]
+
+    monkeypatch.setattr(Client, "predict", predict)
+    assert main(["--server", "http://127.0.0.1:9", str(folder / "blank.png")]) == 0
+    assert heading in capsys.readouterr().out.splitlines()[0]
 
 
 # --- annotated copies ------------------------------------------------------------------------------------------------
@@ -269,6 +308,17 @@ def test_draw_where_nothing_can_be_written(call, folder):
     code, out, err = call("--draw", folder / "drawn", folder / "astronaut.png", folder / "blank.png")
     assert (code, len(out), len(err)) == (1, 3, 1)
     assert "no annotated copy: " in err[0]
+
+
+def test_where_nothing_could_be_looked_at_there_is_no_table(call, folder):
+    assert call(folder)[:2] == (1, [])
+
+
+def test_names_are_whole_where_a_program_reads(call, folder):
+    photo = folder / f"{'long' * 20}.png"
+    photo.write_bytes((folder / "astronaut.png").read_bytes())
+    code, out, _ = call(photo)
+    assert (code, out[1].split()[0]) == (0, str(photo))
 
 
 def test_an_address_is_told_not_to_be_fetched(capsys: pytest.CaptureFixture[str]) -> None:

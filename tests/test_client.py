@@ -251,10 +251,10 @@ def test_a_slow_answer_is_not_asked_for_again(scripted: Any, connect: Any) -> No
         ((400, {"error": {"code": "not_image", "message": 5}}), "5"),
         ((400, OLD_KEY), "refuses the token"),
         ((404, b"<html>"), "status 404"),
-        ((200, b"<html>"), "no answer of this service"),
-        ((200, [1]), "no answer of this service"),
-        ((200, b"[" * 100_000), "no answer of this service"),
-        ((200, {**ANSWER, "model": None}), "no answer of this service"),
+        ((200, b"<html>"), "did not answer like an agegender server"),
+        ((200, [1]), "did not answer like an agegender server"),
+        ((200, b"[" * 100_000), "did not answer like an agegender server"),
+        ((200, {**ANSWER, "model": None}), "did not answer like an agegender server"),
     ],
 )
 def test_other_failures_are_told_once(scripted: Any, connect: Any, answer: Any, message: str) -> None:
@@ -262,6 +262,14 @@ def test_other_failures_are_told_once(scripted: Any, connect: Any, answer: Any, 
     with pytest.raises(ServerError, match=message):
         connect(script).predict([b"1"])
     assert len(script.requests) == 1
+
+
+def test_a_token_that_was_not_sent_is_told_of(scripted: Any, connect: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = scripted((400, OLD_KEY))
+    with pytest.raises(ServerError, match="asks for a token"):
+        connect(script, key=None).predict([b"1"])
+    assert [key for _, key, _ in script.requests] == [None]
 
 
 def test_an_old_key_is_read_anew_once(scripted: Any, connect: Any, tmp_path: Path) -> None:
@@ -338,15 +346,14 @@ def test_the_key_file_here_is_for_this_machine_alone(
     assert [key for _, key, _ in script.requests] == ["Bearer here", None]
 
 
-@pytest.mark.parametrize("name", [r"other.example\@127.0.0.1", "127.0.0.1@other.example", "127.0.0.1.other.example"])
 def test_a_name_that_only_looks_like_this_machine_is_told_no_key(
-    name: str, scripted: Any, connect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scripted: Any, connect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("key_file.json").write_text(json.dumps({"inference": {"key": "here"}}))
     script = scripted((200, ANSWER))
     monkeypatch.setattr("socket.getaddrinfo", _everything_is_here(script))
-    script.address = script.address.replace("127.0.0.1", name)
+    script.address = script.address.replace("127.0.0.1", "127.0.0.1.other.example")
     connect(script, key=None).predict([b"1"])
     assert [key for _, key, _ in script.requests] == [None]
 
@@ -426,3 +433,22 @@ def test_an_option_out_of_range(options: Any) -> None:
 def test_an_address_without_scheme_is_refused() -> None:
     with pytest.raises(ValueError, match="must begin with http"):
         Client("localhost:8080")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://", "http://:80", "http://h:99999", "http://h:abc", "http://exa mple", "http://h?x=1", "http://h#f"],
+)
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match="is no address of a server"):
+        Client(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://user:secret@h", "http://user:secret@h:abc", r"http://h\@127.0.0.1", "http://127.0.0.1@other.example"],
+)
+def test_a_password_in_an_address_is_refused_and_not_told(address: str) -> None:
+    with pytest.raises(ValueError, match="may hold no user and password") as refused:
+        Client(address)
+    assert "secret" not in str(refused.value)

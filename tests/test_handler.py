@@ -182,6 +182,14 @@ def test_an_image_of_more_than_a_requests_pixels_is_too_large(
     assert "over the limit of 50" in error["message"]
 
 
+def test_what_to_send_is_said_once(handler: AgeGenderHandler, context: Context) -> None:
+    rows = [{"body": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"}, {"body": b"<svg></svg>"}, {"body": b"hello"}]
+    heic, svg, other = (json.loads(text)["error"]["message"] for text in handler.handle(rows, context))
+    assert heic.endswith("it is a HEIC image, which is not read: save it as JPEG")
+    assert svg.endswith("it is an SVG or XML file, which is not read: save it as JPEG")
+    assert other.endswith("; send a JPEG, PNG, WebP, BMP, TIFF or GIF file")
+
+
 def test_an_error_keeps_nothing_of_its_request(
     handler: AgeGenderHandler, context: Context, monkeypatch: pytest.MonkeyPatch
 ) -> None:

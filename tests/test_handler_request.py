@@ -39,6 +39,10 @@ def test_options_come_beside_the_body_in_the_form_or_in_the_document() -> None:
     assert parse_request(as_json(document), JSON).options == expected
 
 
+def test_a_score_of_minus_zero_is_zero() -> None:
+    assert str(parse_request({"body": b"image", "min_score": "-0"}, {}).options.min_score) == "0.0"
+
+
 def test_form_fields_are_images_named_by_their_field_and_in_order() -> None:
     request = parse_request({"b": IMAGE, "a": b"2" + IMAGE, "faces": b"whole"}, {})
     assert [(item.path, item.data) for item in request.items] == [("b", IMAGE), ("a", b"2" + IMAGE)]
@@ -55,6 +59,44 @@ def test_instances_are_images_in_order_with_their_paths(decoded: bool) -> None:
     request = parse_request({"body": document} if decoded else as_json(document), JSON)
     assert [(item.path, item.data) for item in request.items] == [("one", b"1"), ("", b"2")]
     assert request.form == "predictions"
+
+
+@pytest.mark.parametrize("raw", [False, True], ids=["escaped", "as a shell puts them in"])
+def test_base64_may_be_wrapped(raw: bool) -> None:
+    """As `base64` and MIME write it."""
+    wrapped = base64.encodebytes(bytes(range(256))).replace(b"\n", b"\r\n").decode() + " \t\v\f"
+    body = json.dumps({"instances": [{"data": wrapped}]})
+    for escape, sign in ((r"\r", "\r"), (r"\n", "\n"), (r"\t", "\t")):
+        body = body.replace(escape, sign) if raw else body
+    assert parse_request({"body": body.encode()}, JSON).items[0].data == bytes(range(256))
+
+
+def test_a_data_url_is_refused_with_what_to_send() -> None:
+    with pytest.raises(RequestError, match="is not base64: send only what follows the comma") as caught:
+        parse_request(as_json({"data": "data:image/jpeg;base64,AAAA"}), JSON)
+    assert caught.value.code == "bad_base64"
+
+
+@pytest.mark.parametrize("name", ["faces", "min_score", "max_face", "Faces", "require-face"])
+@pytest.mark.parametrize("place", ["body", "body with instances", "instance"])
+def test_options_of_json_are_taken_in_one_place_alone(name: str, place: str) -> None:
+    """Elsewhere they would have no effect."""
+    document = {
+        "body": {**instance(b"1"), name: "whole"},
+        "body with instances": {"instances": [instance(b"1")], name: "whole"},
+        "instance": {"instances": [instance(b"1"), instance(b"2", **{name: "whole"})]},
+    }[place]
+    where = "instance 1" if place == "instance" else "the body"
+    with pytest.raises(RequestError, match=f"{where} has a key '{name}'; options go under `parameters`") as caught:
+        parse_request(as_json(document), JSON)
+    assert (caught.value.status, caught.value.code) == (400, "unknown_option")
+
+
+def test_other_keys_of_json_are_none_of_ours() -> None:
+    """KServe's, and what clients add."""
+    names = ("id", "name", "inputs", "outputs", "signature_name", "model", "shape", "datatype", "b64", "nonsense")
+    more = dict.fromkeys(names, "1")
+    parse_request(as_json({"instances": [instance(b"1", path="a", **more)], "parameters": {}, **more}), JSON)
 
 
 @pytest.mark.parametrize("content_type", ["Application/JSON; charset=utf-8", "application/vnd.api+json"])
@@ -130,6 +172,7 @@ def test_what_may_be_a_file_is_an_image_however_small(encode: Any) -> None:
         ({"body": b"1", "faces": "all"}, {}, 400, "bad_option"),
         ({"body": b"1", "min_score": "nan"}, {}, 400, "bad_option"),
         ({"body": b"1", "min_score": "1.5"}, {}, 400, "bad_option"),
+        ({"body": b"1", "min_score": "0_1"}, {}, 400, "bad_option"),
         ({"body": b"1", "max_faces": "0"}, {}, 400, "bad_option"),
         ({"body": b"1", "max_faces": str(MAX_FACES + 1)}, {}, 400, "bad_option"),
         ({"body": b"1", "max_faces": "²"}, {}, 400, "bad_option"),

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,8 @@ import psutil
 import pytest
 
 from handler.__main__ import main
-from handler.server import Server, ServingError, copy_settings, java_home
+from handler.server import Server, ServingError, java_home
+from tests.serving import copy_settings
 
 
 @pytest.fixture
@@ -98,6 +100,47 @@ def test_an_archive_that_is_missing_is_told_with_what_builds_it(
     with pytest.raises(ServingError) as refused:
         stopped.start()
     assert str(refused.value) == f"{archive} is missing; build it with `make archive`"
+
+
+@pytest.mark.parametrize(
+    "setting", ["inference_address", "management_address", "metrics_address", "grpc_inference_port"]
+)
+def test_a_port_that_is_taken_is_named(stopped: Server, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    monkeypatch.setattr(stopped, "_launch", lambda: pytest.fail("it is started all the same"))
+    port = int(stopped.settings[setting].rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(ServingError) as refused:
+        stopped.start()
+    told = f"Address already in use: {setting} {port}; stop what listens there, or change it in {stopped.config}"
+    assert str(refused.value) == told
+
+
+def test_a_start_that_takes_too_long_says_how_long(stopped: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopped, "process", lambda: True)
+    with pytest.raises(ServingError, match=r"no worker was ready within 0\.1 s"):
+        stopped._wait_until_ready(0.1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ["stop", "--timeout", "3"],
+        ["stop", "--model", "a.pt"],
+        ["start", "--output", "a.mar"],
+        ["archive", "--config", "config.properties"],
+        ["java", "--config", "config.properties"],
+        ["start", "--timeout", "-1"],
+        ["start", "--timeout", "0"],
+        ["run", "--timeout", "inf"],
+        ["begin"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_a_command_refuses_what_it_does_not_heed(call: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(call)
+    assert ended.value.code == 2
+    assert "error: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("version", "taken"), [("1.8", False), ("11", False), ("16", False), ("17", True)])

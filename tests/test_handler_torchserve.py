@@ -284,7 +284,7 @@ def test_metrics_for_prometheus(server: Server, http: urllib3.PoolManager, ask: 
 def test_a_port_in_use_is_told(new_server: Callable[[], Server], setting: str) -> None:
     server = new_server()
     port = int(server.settings[setting].rpartition(":")[2])
-    with socket.create_server(("127.0.0.1", port)), pytest.raises(ServingError, match="Address already in use"):
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(ServingError, match=f"in use: {setting} {port};"):
         server.start(timeout_s=60)
 
 

@@ -1,6 +1,5 @@
 """data -> image: what is decoded and how, what is refused and with which words, and that nothing else comes out."""
 
-import contextlib
 import io
 import random
 import re
@@ -202,13 +201,14 @@ def test_a_damaged_exif_block_does_not_matter(format_, block, smooth, encode, re
     )
 
 
-@pytest.mark.parametrize("format_", ["JPEG", "PNG"])
-def test_a_warning_that_is_turned_into_an_error_is_one_of_ours(format_, smooth, encode):
-    data = encode(smooth, format_, exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+def test_a_warning_that_is_turned_into_an_error_is_one_of_ours(smooth, encode):
+    """Pillow looks at the block when it opens a JPEG, but not when it opens a PNG."""
+    block = b"Exif\0\0II*\0\x08\0\0\0\xff\xff"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with contextlib.suppress(ImageDecodeError):
-            decode_image(data)
+        with pytest.raises(ImageDecodeError, match="damaged JPEG header: Corrupt EXIF data"):
+            decode_image(encode(smooth, "JPEG", exif=block))
+        assert np.array_equal(decode_image(encode(smooth, "PNG", exif=block)), smooth)
 
 
 # --- kinds of pixels -------------------------------------------------------------------------------------------------
@@ -328,6 +328,18 @@ def test_a_lack_of_memory_is_no_damage(monkeypatch, encode):
         raise MemoryError
 
     monkeypatch.setattr("agegender.image._to_rgb", fail)
+    with pytest.raises(MemoryError):
+        decode_image(data)
+
+
+def test_a_lack_of_memory_turns_no_image(monkeypatch, encode):
+    """It is no damaged EXIF block, for which the stored pixels would be taken as upright."""
+    data = encode(Image.new("RGB", (4, 8)), "PNG", exif=exif(6))
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "getexif", fail)
     with pytest.raises(MemoryError):
         decode_image(data)
 

@@ -8,6 +8,7 @@ import pickle
 import pkgutil
 import subprocess
 import sys
+import typing
 
 import pytest
 
@@ -16,7 +17,7 @@ import app
 import batch
 import handler
 import training
-from agegender import AgeGenderError, ImageDecodeError, ImageTooLargeError, ModelLoadError, NotAnImageError
+from agegender import AgeGenderError, ImageDecodeError, ImageTooLargeError, ModelLoadError, NotAnImageError, ServerError
 
 MODULES = ["agegender", *(f"agegender.{each.name}" for each in pkgutil.iter_modules(agegender.__path__))]
 OTHERS = [
@@ -117,17 +118,39 @@ def _is_assigned(module, name):
 def test_what_the_package_exports_is_what_its_modules_export():
     for name in agegender.__all__:
         value = getattr(agegender, name)
-        assert name in importlib.import_module(value.__module__).__all__
+        home = "agegender.result" if name in ("Box", "FacesMode") else value.__module__  # aliases have no home
+        module = importlib.import_module(home)
+        assert name in module.__all__
+        assert getattr(module, name) is value
+
+
+def test_what_public_calls_take_and_give_is_exported():
+    exported = [getattr(agegender, name) for name in agegender.__all__]
+    members = [each for value in exported if inspect.isclass(value) for each in vars(value).items()]
+    calls = [call for name, call in members if name == "__init__" or not name.startswith("_")]
+    named = {
+        each.__name__
+        for call in filter(inspect.isfunction, exported + calls)
+        for annotation in inspect.get_annotations(call).values()
+        for each in _parts(annotation)
+        if inspect.isclass(each) and each.__module__.startswith("agegender")
+    }
+    assert {"ChipModel", "Face", "Item", "Predictions"} <= named <= set(agegender.__all__)
+
+
+def _parts(annotation):
+    return [annotation, *(part for each in typing.get_args(annotation) for part in _parts(each))]
 
 
 def test_the_tree_of_errors():
     assert issubclass(NotAnImageError, ImageDecodeError)
-    for error in (ImageDecodeError, ImageTooLargeError, ModelLoadError):
+    for error in (ImageDecodeError, ImageTooLargeError, ModelLoadError, ServerError):
         assert error.__bases__ == (AgeGenderError,)
     assert AgeGenderError.__bases__ == (Exception,)
     statuses = {each.__name__: each.status for each in (AgeGenderError, ImageDecodeError, NotAnImageError)}
     assert statuses == {"AgeGenderError": "failed", "ImageDecodeError": "unreadable", "NotAnImageError": "not_image"}
     assert ImageTooLargeError.status == "too_large"
+    assert ModelLoadError.status == ServerError.status == "failed"
 
 
 def test_the_docstring_draws_every_error():

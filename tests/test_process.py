@@ -1,5 +1,7 @@
-"""agegender.process: what it changes, in a process of its own, since it changes all of one."""
+"""agegender.process: what changes all of a process, in one of its own; and locked directories."""
 
+import errno
+import fcntl
 import os
 import platform
 import subprocess
@@ -7,7 +9,7 @@ import sys
 
 import pytest
 
-from agegender.process import core_count
+from agegender.process import core_count, directory_lock
 
 _PAGES_CLEARED_AGAIN = """
 import resource
@@ -75,3 +77,37 @@ def test_cores_where_the_system_does_not_say_which(monkeypatch):
     monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.delattr("os.sched_getaffinity", raising=False)
     assert core_count() == os.cpu_count()
+
+
+def test_a_directory_is_locked_once_at_a_time(tmp_path):
+    with directory_lock(tmp_path):
+        script = f"from agegender.process import directory_lock\nwith directory_lock({str(tmp_path)!r}): pass"
+        other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert "BlockingIOError" in other.stderr
+        with pytest.raises(BlockingIOError), directory_lock(str(tmp_path)):
+            pass
+    with directory_lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path.parent), lambda path: None])
+def test_what_is_no_directory_is_not_locked(make, tmp_path):
+    """A pipe, which would wait for a writer; a link; nothing."""
+    make(tmp_path / "name")
+    with pytest.raises(OSError, match="name"), directory_lock(tmp_path / "name"):
+        pass
+
+
+@pytest.mark.parametrize("failure", [BlockingIOError(errno.EAGAIN, "held"), OSError(errno.ENOLCK, "no locks")])
+def test_a_directory_that_cannot_be_locked_is_closed(failure, tmp_path, monkeypatch):
+    taken = []
+
+    def flock(descriptor, _):
+        taken.append(descriptor)
+        raise failure
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(type(failure)), directory_lock(tmp_path):
+        pass
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(taken[0])
