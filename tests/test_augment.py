@@ -1,9 +1,14 @@
 """What the network sees of a picture: its chip in the cache, augmented, and normalized as each backbone takes it."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import agegender.chips
+import agegender.detector
+import agegender.image
 import training.augment
 from training.augment import augment
 from training.backbones import create_branch
@@ -58,3 +63,27 @@ def test_chips_of_another_size_or_margin_are_cut_anew() -> None:
     versions = [cutting_version(size_px, margin) for size_px, margin in ((96, 0.0), (96, 0.1), (112, 0.0))]
     assert len(set(versions)) == 3
     assert cutting_version(96, 0.0) == versions[0]
+
+
+def test_chips_are_cut_anew_when_the_code_or_the_detector_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = [cutting_version(96, 0.0)]
+    (tmp_path / "other.py").write_text("# other code")
+    for module in (agegender.image, agegender.detector, agegender.chips):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__file__", str(tmp_path / "other.py"))
+            versions.append(cutting_version(96, 0.0))
+    monkeypatch.setattr(agegender.detector, "detector_weights", lambda: b"other weights")
+    versions.append(cutting_version(96, 0.0))
+    assert len(set(versions)) == 5
+
+
+def test_a_chip_made_smaller_for_a_branch_keeps_the_mean_of_all_its_pixels() -> None:
+    """Without antialiasing, of each four columns the middle two would count alone."""
+    branch = create_branch("mobilenet_v1", side=32, pretrained=False, drop_path=0.0)
+    chips = torch.zeros(1, 3, 128, 128, dtype=torch.uint8)
+    chips[..., 0::4] = chips[..., 3::4] = 200
+    seen = branch.normalize(chips) + branch.mean.view(3, 1, 1)
+    assert seen.shape == (1, 3, 32, 32)
+    torch.testing.assert_close(seen[..., 4:-4], torch.full((1, 3, 32, 24), 100.0), atol=30, rtol=0)

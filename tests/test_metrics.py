@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import training.evaluate
 import training.robustness
 from agegender import Item, decode_image
 from agegender.image import Pixels
@@ -41,7 +42,7 @@ PICTURES = (
     (50, 1, 44, 41, 49, 0.28),
     (60, 0, 60, 52, 66, 0.43),
     (70, 1, 68, 62, 75, 0.57),
-    (80, 0, 77, 71, 84, 0.50),  # counts as female
+    (80, 0, 77, 71, 84, 0.50),  # counts as male, as the predictor tells it
 )
 
 
@@ -59,7 +60,7 @@ def test_every_metric_is_what_a_hand_computes() -> None:
         "age_within_5_years": 5 / 10,  # errors of 5, 5, 0, 2 and 3
         "age_coverage": 6 / 10,  # the labels 13, 17, 40, 60, 70, 80
         "age_interval_width_years": (28 + 13 + 8 + 12 + 14 + 7 + 8 + 14 + 13 + 13) / 10,
-        "gender_accuracy": 6 / 10,  # the 1st, 2nd, 4th, 5th, 8th, 9th
+        "gender_accuracy": 7 / 10,  # the 1st, 2nd, 4th, 5th, 8th, 9th, 10th
         # Males at .08 .26 .43 .50 .72 that females at .92 .08 .72 .28 .57 lie above; a half where they are equal.
         "gender_auc": (5 + 0.5 + 4.5 + 2 + 4) / (5 * 5),
         # By bins of 0.05: how many are right against how many should be, where .92, .74 and .72, .57, and .50 are told.
@@ -74,13 +75,22 @@ def test_every_metric_is_what_a_hand_computes() -> None:
         assert (figures[name].low, figures[name].high) == pytest.approx((low, high))
 
 
+def test_metrics_and_predictor_choose_the_same_gender() -> None:
+    """Even where one of two probabilities is a half and the other one more by a rounding."""
+    half, more = np.float32(0.5), np.nextafter(np.float32(0.5), np.float32(1))
+    probs = np.array([[half, half], [more, half], [half, more]])
+    years = np.full(3, 30, np.float32)
+    scored = Scored.of([Labels(30, 0, None)] * 3, Predictions(years, years, years, probs))
+    assert scored.gender_right.tolist() == [index == 0 for index in probs.argmax(axis=1)] == [True, True, False]
+
+
 def test_a_group_of_two_traits_has_both_of_them() -> None:
     """A group of 19 is too small; ages lie at the ends of what they count for."""
     ages, genders, races, errors = (
         np.repeat(values, (20, 20, 20, 19)) for values in ((12, 21, 60, 61), (0, 1, 1, 0), (0, 1, 0, 4), (1, 2, 3, 4))
     )
     told = ages + errors
-    groups = measure_groups(Scored(ages, genders, races, told, told, told, np.full(79, 0.4)))
+    groups = measure_groups(Scored(ages, genders, races, told, told, told, genders, np.full(79, 0.4)))
     assert {name: count for name, (count, _) in groups.items()} == {
         "all": 79,
         "age 13 and above": 59,
@@ -130,6 +140,13 @@ def test_the_temperature_makes_the_told_probability_the_share_that_is_right() ->
     """Three of four are right at a difference of 6 between the logits, and ln 3 is that of a probability of 3/4."""
     logits = torch.tensor([[0.0, 6.0]] * 4)
     assert _temperature(logits, torch.tensor([1, 1, 1, 0])) == pytest.approx(6 / np.log(3), rel=1e-3)
+
+
+@pytest.mark.parametrize(("right", "margin", "end"), [(19, 0.1, 0.2), (6, 3.0, 10.0), (11, 30.0, 10.0)])
+def test_a_temperature_is_never_extreme(right: int, margin: float, end: float) -> None:
+    """Of twenty faces: 19 right would have 0.03, 6 right none at all, and 11 right at a margin of 30 would have 150."""
+    logits = torch.tensor([[0.0, margin]] * 20)
+    assert _temperature(logits, torch.tensor([1] * right + [0] * (20 - right))) == pytest.approx(end)
 
 
 @pytest.mark.parametrize(("temperature", "logits"), [(1.0, [-1.0, 3.0]), (2.0, [-0.5, 1.5])])
@@ -245,7 +262,13 @@ def test_robustness_is_of_the_faces_that_are_still_found(tmp_path: Path, monkeyp
         ("unseen", "train val test", "train val test", "test", None),
         ("unseen", "train test new", "train val test", "test new", "1 pictures are new to the model, unless"),
         ("unseen", "train test", "", "train test", "may have seen these pictures"),
-        ("all", "train val test", "train val test", "train val test", "has seen 2 of these 3 pictures in training"),
+        (
+            "all",
+            "train val test",
+            "train val test",
+            "train val test",
+            "seen 2 of these 3 pictures in training or validation",
+        ),
         ("all", "test", "train val test", "test", None),
     ],
 )
@@ -266,13 +289,27 @@ def test_a_model_is_measured_on_what_it_has_not_seen(
         splits_path(tmp_path / ARTIFACT).write_text("\n".join(["digest,split", *lines]))
     model = SimpleNamespace(spec=SimpleNamespace(chip_size_px=96, chip_margin=0.0))
     monkeypatch.setattr("training.evaluate.Model", lambda *_, **__: model)
-    monkeypatch.setattr("training.evaluate.load_chips", lambda samples, *_: (samples, None))
+    monkeypatch.setattr("training.evaluate.load_chips", lambda samples, *_, **__: (samples, None))
     evaluate = Mock()
     monkeypatch.setattr("training.evaluate.evaluate", evaluate)
     evaluation(EvaluateOptions(tmp_path, tmp_path / ARTIFACT, pictures=option))
     assert {sample.path.stem.removeprefix("30_0_0_") for sample in evaluate.call_args.args[1]} == set(measured.split())
     warning = evaluate.call_args.kwargs["warning"]
     assert warning is None if said is None else said in warning
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+def test_figures_of_an_earlier_evaluation_outlive_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "metrics.json").write_text("earlier")
+    (tmp_path / "metrics.tmp").symlink_to("/dev/full")
+    years = np.full(1, 30, np.float32)
+    told = Predictions(years, years, years, np.array([[0.5, 0.5]], np.float32))
+    monkeypatch.setattr("training.evaluate.predict_chips", lambda *_: told)
+    model: Any = SimpleNamespace(spec=SimpleNamespace(name="", version=""), sha256="")
+    with pytest.raises(OSError, match="No space left"):
+        training.evaluate.evaluate(model, [Sample(Path("30_0_0_a.jpg"), Labels(30, 0, 0), "")], Mock(), tmp_path)
+    assert (tmp_path / "metrics.json").read_text() == "earlier"
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.json"]
 
 
 def test_the_report_shows_the_largest_errors_first() -> None:

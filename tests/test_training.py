@@ -4,6 +4,7 @@ import csv
 import errno
 import io
 import json
+import logging
 import math
 import os
 import pickle
@@ -20,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -36,34 +37,40 @@ from torch import nn
 import training.augment
 import training.cache
 import training.dataset
+import training.distill
 import training.distributed
+import training.evaluate
 import training.loop
+import training.options
 import training.run
 from agegender import Model, Predictor
 from training.__main__ import main
 from training.augment import augment
-from training.branch import Branch, join
+from training.branch import Branch, join, parse_backbones
 from training.cache import ChipCache, load_chips
 from training.calibrate import age_interval, calibrate
 from training.data import (
     Labels,
     Rejected,
     Sample,
+    evenly_chosen,
     near_duplicate_groups,
     parse_name,
     perceptual_hash,
     scan,
     split_samples,
-    spread,
 )
-from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
+from training.dataset import ARTIFACT, Faces, Splits, load_faces, read_splits, splits_path, write_splits
 from training.deploy import Deployed
+from training.distill import average, taught, teacher_probs
 from training.evaluate import EvaluateOptions
 from training.evaluate import run as evaluation
 from training.export import Artifact, check_exportable
 from training.face_resnet import FaceResNet, load_packaged_weights
+from training.files import written_whole
 from training.loop import (
     BEST,
+    LAST,
     AugmentedChips,
     TrainState,
     _validate,
@@ -75,13 +82,13 @@ from training.loop import (
     train,
     train_one_epoch,
 )
-from training.loss import Targets, criterion, expected_age, label_targets
+from training.loss import Probs, Targets, criterion, expected_age, label_targets
 from training.metrics import Scored, measure, resamples
 from training.network import AGE_BINS, Logits, Network, create_network
 from training.normalization import normalized_convolutions, standardize
-from training.options import AgeLoss, TrainOptions
+from training.options import AgeLoss, TrainOptions, refuse_repeated
 from training.plain import make_plain
-from training.quantize import convert, is_rounded, round_to_eight_bits
+from training.quantize import _activation_roundings, _StoredConv2d, convert, is_rounded, round_to_eight_bits
 from training.run import run
 
 FACES = 60
@@ -151,6 +158,8 @@ def test_names_give_labels(name: str, labels: Labels) -> None:
         ("-4_0_1_2017.jpg", "unparsable name"),
         ("117_0_1_2017.jpg", "age out of range"),
         ("30_2_1_2017.jpg", "gender out of range"),
+        ("20_0_9_x.jpg", "race out of range: 9 is not in 0-4"),
+        ("20_0_5_x.jpg", "race out of range"),
     ],
 )
 def test_other_names_are_refused(name: str, reason: str) -> None:
@@ -229,11 +238,35 @@ def test_folders_that_cannot_be_written_are_refused_before_the_work(
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("gone")
-    for folder in ("out_dir", "cache_dir"):
-        with pytest.raises(ValueError, match=f"{folder} .*{message}"):
+    for folder, flag in (("out_dir", "--out-dir"), ("cache_dir", "--cache-dir")):
+        with pytest.raises(ValueError, match=f"{flag} .*{message}"):
             replace(options, **{folder: tmp_path / name})
-        with pytest.raises(ValueError, match=f"{folder} .*{message}"):
+        with pytest.raises(ValueError, match=f"{flag} .*{message}"):
             EvaluateOptions(options.data_dir, **{folder: tmp_path / name})
+
+
+def test_a_file_that_is_not_written_to_its_end_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "file.csv"
+    for text in ("old", "new"):
+        with written_whole(path) as temporary:
+            temporary.write_text(text)
+
+    def killed(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), written_whole(path) as temporary:
+        killed(temporary)
+    assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {"file.csv": "new"}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no device that is always full")
+def test_a_list_of_what_was_left_out_outlives_a_full_disk(tmp_path: Path) -> None:
+    (tmp_path / "rejected.csv").write_text("earlier")
+    (tmp_path / "rejected.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        training.run._write_rejected(Rejected(), tmp_path / "rejected.csv")
+    assert (tmp_path / "rejected.csv").read_text() == "earlier"
 
 
 def test_near_duplicates_fall_on_one_side(lfw_faces: np.ndarray) -> None:
@@ -317,9 +350,43 @@ def test_two_runs_extend_one_cache(options: TrainOptions, tmp_path: Path, monkey
     load_chips(samples, 8, 0.0, tmp_path, Rejected())
 
 
+@pytest.mark.parametrize(
+    ("error", "outcome", "logged"),
+    [
+        (ValueError("no such geometry"), "unreadable: no such geometry", False),
+        (OSError("disk"), None, False),
+        (MemoryError(), None, False),
+        (TypeError("a bug"), None, True),
+    ],
+)
+def test_a_fault_of_the_cutter_is_told_for_what_it_is(
+    error: Exception, outcome: str | None, logged: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: Any
+) -> None:
+    (tmp_path / "20_0_0_a.jpg").write_bytes(b"")
+    monkeypatch.setattr("training.cache.read_header", Mock(side_effect=error))
+    with caplog.at_level(logging.ERROR):
+        assert training.cache._cut(tmp_path / "20_0_0_a.jpg", size_px=96, margin=0.0) == outcome
+    assert ("20_0_0_a.jpg could not be cut" in caplog.text) is logged
+
+
 def test_balancing_takes_equally_many_of_both_genders(options: TrainOptions) -> None:
     train_samples = load_faces(replace(options, balanced_by_gender=True, max_per_gender=9)).samples["train"]
     assert sorted(sample.labels.gender for sample in train_samples) == [0] * 9 + [1] * 9
+
+
+def test_a_folder_of_one_gender_cannot_be_balanced(options: TrainOptions, tmp_path: Path) -> None:
+    for sample in scan(options.data_dir)[0]:
+        if sample.labels.gender == 1:
+            shutil.copy(sample.path, tmp_path)
+    with pytest.raises(ValueError, match="no training pictures labelled male; leave out --balanced-by-gender"):
+        load_faces(replace(options, data_dir=tmp_path, balanced_by_gender=True))
+
+
+def test_the_seed_chooses_among_too_many_samples(labelled_dir: Path) -> None:
+    samples, _ = scan(labelled_dir)
+    one, same, other = (training.dataset._some(samples, 20, seed) for seed in (0, 0, 1))
+    assert one == same != other
+    assert [len(part) for part in (one, other)] == [20, 20]
 
 
 def test_max_samples_limits_all_splits_together(options: TrainOptions) -> None:
@@ -440,7 +507,7 @@ def test_genders_that_validation_never_misses_are_not_made_certain() -> None:
 
 @pytest.mark.parametrize("total", [0, 10, 300, 301, 450, 599, 2130])
 def test_samples_are_spread_over_all(total: int) -> None:
-    chosen = spread(range(total), 300)  # type: ignore[arg-type]
+    chosen = evenly_chosen(range(total), 300)  # type: ignore[arg-type]
     assert len(set(chosen)) == min(total, 300)
     assert not total or (chosen[0], chosen[-1] >= total - 1 - total // 300) == (0, True)
 
@@ -473,13 +540,13 @@ def test_validation_and_artifact_predict_what_was_trained(
 @pytest.mark.parametrize("order", [1, -1])
 def test_equal_scores_count_half_in_the_auc(probs: list[float], auc: float, order: int) -> None:
     years, females = np.full(4, 30.0), np.array([0, 1, 0, 1])
-    scored = Scored(years, females[::order], females, years, years, years, np.array(probs)[::order])
+    scored = Scored(years, females[::order], females, years, years, years, females, np.array(probs)[::order])
     assert measure(scored)["gender_auc"].value == auc
 
 
 def test_the_median_of_an_even_number_lies_between_the_middle_two() -> None:
     years, ones = np.zeros(4), np.ones(4, np.int64)
-    scored = Scored(years, ones, ones, np.array([1.0, 9.0, 2.0, 5.0]), years, years, years)
+    scored = Scored(years, ones, ones, np.array([1.0, 9.0, 2.0, 5.0]), years, years, ones, years)
     assert measure(scored)["age_median_error_years"].value == 3.5
 
 
@@ -650,6 +717,53 @@ def _train_better_and_better(rank: int, faces: Faces, targets: Targets, options:
         patch.setattr("training.loop._validate", lambda *_: (next(maes), 0.5))
         train(_network(), faces, targets, options, torch.device("cpu"))
     dist.destroy_process_group()
+
+
+def test_a_run_may_be_resumed_from_another_directory(
+    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its paths are those of the directory that it was called in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training.run, "_prepare", prepare := Mock(side_effect=InterruptedError))
+    relative = {name: Path(name) for name in ("out_dir", "cache_dir", "weights")}
+    sources = {"teacher": (Path("a"), Path("sub/../b")), "checkpoint": (Path("sub/../c/best.pt"),)}
+    with pytest.raises(InterruptedError):
+        run(replace(options, backbone="mobilenet_v1", **relative, **sources))  # type: ignore[arg-type]
+    (seen,) = prepare.call_args.args
+    assert {name: getattr(seen, name) for name in relative} == {name: tmp_path / name for name in relative}
+    assert seen.teacher == (tmp_path / "a", tmp_path / "b")
+    assert seen.checkpoint == (tmp_path / "c" / "best.pt",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data_dir": Path("nowhere")}, "nowhere is not a directory"),
+        ({"backbone": "resnet19"}, "unknown backbone resnet19; take face_resnet"),
+        ({"backbone": "mobilenet_v1"}, "mobilenet_v1 needs --weights"),
+        ({"checkpoint": (Path("nowhere/best.pt"),)}, "best.pt: no weights of a training .*No such file"),
+        ({"checkpoint": ("last.pt",)}, "last.pt is the state that a run is resumed from; give best.pt beside it"),
+        ({"teacher": (Path("nowhere"),)}, "nowhere is not the folder of a run: no .*options.json"),
+        ({"teacher": ("",)}, "is not the folder of a run: no .*options.json"),
+        ({"teacher": ("run",)}, "run is not the folder of a run: no .*best.pt"),
+    ],
+)
+def test_what_is_not_there_is_told_before_any_picture_is_cut(
+    changes: dict[str, Any], message: str, options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Texts stand for what lies in the test's own directory."""
+    monkeypatch.setattr(training.run, "load_faces", lambda _: pytest.fail("the folder is cut first"))
+    torch.save({"state": {}, "curve": []}, tmp_path / LAST)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "options.json").write_text("{}")
+    changes = {
+        name: tuple(tmp_path / each if isinstance(each, str) else each for each in value)
+        if isinstance(value, tuple)
+        else value
+        for name, value in changes.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        run(replace(options, out_dir=tmp_path / "new", size=96, precision="float32", progressive=False, **changes))
 
 
 def test_other_options_do_not_resume_a_run(options: TrainOptions) -> None:
@@ -834,6 +948,85 @@ def test_distillation_and_checkpoint_start_from_an_earlier_run(options: TrainOpt
         run(replace(student, out_dir=tmp_path / "other", resume=False))
 
 
+class _LeftAndTop(nn.Module):
+    """Tells how bright the left half is as an age, and how bright the upper half is as a gender."""
+
+    def forward(self, chips: torch.Tensor) -> Logits:
+        left, top = (half.float().mean((1, 2, 3)) / 255 for half in (chips[..., :4], chips[:, :, :4]))
+        age = torch.zeros(len(chips), AGE_BINS)
+        age[:, 1] = left
+        return Logits(age, torch.stack((top, left), dim=1))
+
+
+LIT_LEFT = np.zeros((1, 8, 8, 3), np.uint8)
+LIT_LEFT[:, :2, :4] = 240
+
+
+def _both_ways() -> tuple[Logits, Logits]:
+    chips = torch.from_numpy(LIT_LEFT).permute(0, 3, 1, 2)
+    return _LeftAndTop()(chips), _LeftAndTop()(chips.flip(3))
+
+
+def test_an_artifact_averages_age_and_gender_with_the_mirror_image() -> None:
+    network: Any = _LeftAndTop()
+    chips = torch.from_numpy(LIT_LEFT).permute(0, 3, 1, 2)
+    straight, mirrored = _both_ways()
+    deployed = Deployed(network, chips, precision="float32", mirror=True)(chips)
+    for found, one, other in zip(deployed, straight, mirrored, strict=True):
+        assert not torch.allclose(one, other)
+        torch.testing.assert_close(found, (one + other) / 2)
+
+
+@pytest.fixture
+def teacher(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose network is `_LeftAndTop`, on chips of a margin."""
+    options.out_dir.mkdir()
+    (options.out_dir / "options.json").write_text('{"backbone": "any", "size": 8, "margin": 0.25}')
+    torch.save({}, options.out_dir / BEST)
+    monkeypatch.setattr("training.distill.create_network", lambda *_, **__: _LeftAndTop())
+    return options.out_dir
+
+
+def test_a_teacher_sees_chips_as_it_was_trained_with_and_their_mirror_images(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = SimpleNamespace(read=lambda _: LIT_LEFT)
+    monkeypatch.setattr("training.distill.load_chips", cut := Mock(return_value=([0], cache)))
+    probs = teacher_probs(teacher, [0], Path("cache"), torch.device("cpu"))  # type: ignore[list-item]
+    assert (*cut.call_args.args[1:], cut.call_args.kwargs["margin"]) == (8, 0.25)
+    straight, mirrored = _both_ways()
+    for found, one, other in zip(probs, straight, mirrored, strict=True):
+        torch.testing.assert_close(found, (one.softmax(1) + other.softmax(1)) / 2)
+
+
+def test_a_teacher_that_finds_fewer_faces_is_refused(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.distill.load_chips", Mock(return_value=([0], Mock())))
+    with pytest.raises(ValueError, match="finds no face in 2 of the training pictures"):
+        teacher_probs(teacher, [0, 1, 2], Path("cache"), torch.device("cpu"))  # type: ignore[list-item]
+
+
+def test_a_retrained_teacher_is_asked_again(
+    teacher: Path, options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter(Probs(torch.full((1, 117), value), torch.full((1, 2), value)) for value in (0.25, 0.75))
+    monkeypatch.setattr(training.distill, "teacher_probs", lambda *_: next(answers))
+    pupil = replace(options, out_dir=tmp_path / "pupil", teacher=(teacher,))
+    pupil.out_dir.mkdir()
+    samples = [Sample(Path("20_0_0_a.jpg"), Labels(20, 0, None), "a")]
+
+    def told() -> float:
+        return taught(pupil.teacher, samples, pupil, torch.device("cpu")).age[0, 0].item()
+
+    assert [told(), told()] == [0.25, 0.25]
+    torch.save({"retrained": torch.ones(1)}, teacher / BEST)
+    assert told() == 0.75
+
+
+def test_teachers_are_averaged() -> None:
+    low, high = (Probs(torch.full((1, 117), value), torch.full((1, 2), value)) for value in (0.25, 0.75))
+    assert all((each == 0.5).all() for each in average([low, high]))
+
+
 @pytest.mark.parametrize("source", ["teacher", "checkpoint"])
 def test_a_network_is_not_judged_by_what_it_inherits(source: str, options: TrainOptions, tmp_path: Path) -> None:
     faces = load_faces(options)
@@ -878,6 +1071,72 @@ def test_a_near_duplicate_of_what_was_inherited_is_not_tested_on(
 def test_weights_that_do_not_say_what_they_were_trained_on_are_refused(options: TrainOptions, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"agegender\.splits\.csv is missing"):
         load_faces(replace(options, checkpoint=(tmp_path / BEST,)))
+
+
+DIGEST = "0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"digest;split\n{DIGEST};train\n",
+        f"{DIGEST},train\n",
+        f"digest,split\n{DIGEST};train\n",
+        f"digest,split\n{DIGEST},tra",
+        f"digest,split\n{DIGEST[:-1]},train\n",
+        f"digest,split\n{DIGEST.upper()},train\n",
+        f"digest,split\n{DIGEST},train,\n",
+        f"digest,split\n{DIGEST},train\n\n",
+        b"digest,split\n\xff",
+        None,
+    ],
+)
+def test_damaged_splits_are_refused(content: str | bytes | None, options: TrainOptions, tmp_path: Path) -> None:
+    """Or else what was trained on would pass for new. None stands for a directory."""
+    path = splits_path(tmp_path / ARTIFACT)
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=r"agegender\.splits\.csv does not hold lines of digest,split .*; bring back"):
+        read_splits(path)
+    with pytest.raises(ValueError, match="does not hold lines"):
+        load_faces(replace(options, data_dir=tmp_path / "not looked at", checkpoint=(tmp_path / BEST,)))
+
+
+@pytest.mark.parametrize(
+    ("content", "sides"), [("", {}), ("digest,split\n", {}), (f"digest,split\r\n{DIGEST},val", {DIGEST: "val"})]
+)
+def test_splits_may_be_none(content: str, sides: dict[str, str], tmp_path: Path) -> None:
+    path = splits_path(tmp_path / ARTIFACT)
+    assert read_splits(path) == Splits({})
+    path.write_text(content)
+    assert read_splits(path) == Splits(sides)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_where_teachers_disagree_the_nearest_to_training_counts(
+    order: int, options: TrainOptions, tmp_path: Path
+) -> None:
+    for name, splits in (("one", ("train", "val", "test")), ("other", ("val", "test", "train"))):
+        (tmp_path / name).mkdir()
+        lines = "".join(f"{number:016x},{split}\n" for number, split in enumerate(splits))
+        splits_path(tmp_path / name / ARTIFACT).write_text(f"digest,split\n{lines}")
+    runs = (tmp_path / "one", tmp_path / "other")[::order]
+    found = training.dataset._inherited(replace(options, teacher=runs))
+    assert [found[f"{number:016x}"] for number in range(3)] == ["train", "val", "train"]
+
+
+def test_labels_of_training_and_validation_are_remembered() -> None:
+    samples = {"train": 20, "val": 30, "test": 40}
+
+    def digest(**ages: int) -> str:
+        told = {**samples, **ages}
+        dealt: Any = {split: [Sample(Path(split), Labels(age, 0, None), split)] for split, age in told.items()}
+        return Faces(dealt, Mock(), Mock(), Rejected(), frozenset()).labels_digest()
+
+    assert digest(train=21) != digest() != digest(val=31)
+    assert digest(test=41) == digest()
 
 
 def test_statistics_are_of_all_ages(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -944,10 +1203,10 @@ def test_a_picture_that_is_lost_while_it_is_cut_again_is_left_out(
     """Chips of the two sizes are cut one after the other."""
     lost = load_faces(options).samples["test"][0]
 
-    def cut(samples: list[Sample], size: int, *arguments: Any) -> tuple[list[Sample], ChipCache]:
+    def cut(samples: list[Sample], size: int, **arguments: Any) -> tuple[list[Sample], ChipCache]:
         if size == options.size:
             samples = [sample for sample in samples if sample.digest != lost.digest]
-        return load_chips(samples, size, *arguments)
+        return load_chips(samples, size, **arguments)
 
     monkeypatch.setattr(training.dataset, "load_chips", cut)
     faces = load_faces(replace(options, cache_dir=tmp_path / "cache"))
@@ -1005,6 +1264,18 @@ def test_standardized_weights_compute_the_same_and_suit_training(lfw_faces: np.n
         standardize(backbone, chips)
         assert torch.allclose(backbone(chips), before, atol=1e-3)
         assert torch.nn.functional.cosine_similarity(backbone.train()(chips), before).min() > 0.99
+
+
+def test_channels_that_hardly_answer_are_not_blown_up() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+    with torch.no_grad():
+        network[0].weight[0] *= 1e-6
+    silent = network[0].weight[0].clone()
+    standardize(network, torch.randn(8, 3, 16, 16))
+    assert torch.equal(network[0].weight[0], silent)
+    answers = network[0](torch.randn(8, 3, 16, 16)).std((0, 2, 3))
+    assert answers[1:].tolist() == pytest.approx([1, 1, 1], abs=0.2)
 
 
 def test_faceres_weights_land_in_their_layers(tmp_path: Path) -> None:
@@ -1101,6 +1372,26 @@ def test_joined_logits_are_the_mean_of_all_networks(lfw_faces: np.ndarray) -> No
             assert torch.allclose(joined, (one + other) / 2, atol=1e-3)
 
 
+def test_joined_networks_can_be_joined_again() -> None:
+    one, two, three = (
+        {"branches.0.w": torch.tensor([value]), **_heads(torch.full((1, 2), value))} for value in (1.0, 2.0, 3.0)
+    )
+    again = join([join([one, two]), three])
+    assert {name: value.item() for name, value in again.items() if name.startswith("branches")} == {
+        "branches.0.w": 1,
+        "branches.1.w": 2,
+        "branches.2.w": 3,
+    }
+
+
+def _heads(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {f"{head}.{name}": weight for head in ("age_head", "gender_head") for name in ("weight", "bias")}
+
+
+def test_backbones_have_names_and_sizes() -> None:
+    assert parse_backbones("one@32+other") == [("one", 32), ("other", None)]
+
+
 def test_several_networks_become_one_artifact(options: TrainOptions, tmp_path: Path) -> None:
     parts = []
     for name in ("efficientnet_lite0", "face_resnet"):
@@ -1137,7 +1428,7 @@ def test_a_network_trained_in_8_bits_is_exported_as_it_was_trained(options: Trai
     assert np.array_equal(one.age, other.age)
     with pytest.raises(ValueError, match="leave out --precision float32"):
         run(replace(again, quantization_aware=False, precision="float32", out_dir=tmp_path / "other"))
-    with pytest.raises(ValueError, match="goes with the precision int8"):
+    with pytest.raises(ValueError, match="--quantization-aware goes with --precision int8"):
         replace(aware, precision="float32")
     with pytest.raises(ValueError, match="give the run that it went on from"):
         run(replace(lite, teacher=(tmp_path / "aware",), out_dir=tmp_path / "pupil"))
@@ -1155,6 +1446,60 @@ def test_integers_compute_what_rounding_foretells(name: str, tolerance: float, l
         integers = network.branches[0](chips)
     assert 0 < (rounded - exact).norm() < tolerance * exact.norm()
     assert (integers - rounded).norm() < 0.6 * (integers - exact).norm()
+
+
+class _Mean(nn.Module):
+    """The mean answer of one convolution."""
+
+    head_hidden_size = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolution(x).mean((2, 3))
+
+
+def _rounded(chips: torch.Tensor) -> Network:
+    torch.manual_seed(0)
+    network = Network([Branch(_Mean(), mean=[0.0] * 3, std=[32.0] * 3)], dropout=0.0)
+    round_to_eight_bits(network, chips)
+    return network
+
+
+DARK_THEN_LIT = torch.cat((torch.full((64, 3, 8, 8), 10, dtype=torch.uint8), torch.full((2, 3, 8, 8), 250).byte()))
+
+
+def test_all_of_a_rounded_network_is_trained() -> None:
+    network = create_network("mobilenet_v1", pretrained=False, dropout=0.0, drop_path=0.0)
+    round_to_eight_bits(network, torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8))
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_ranges_are_those_of_all_the_sample() -> None:
+    """It comes in batches of 64; the second one alone is bright."""
+    entry = next(iter(_activation_roundings(_rounded(DARK_THEN_LIT))))
+    assert entry.scale.item() * 255 == pytest.approx(250 / 32, rel=0.05)
+
+
+def test_ranges_stay_as_they_are_trained_with_and_those_of_kernels_follow_them() -> None:
+    network = _rounded(DARK_THEN_LIT[:64])
+    before = [rounding.scale.clone() for rounding in _activation_roundings(network)]
+    (kernels,) = (each for each in network.modules() if hasattr(each, "weight_fake_quant"))
+    scale = kernels.weight_fake_quant.scale.clone()
+    with torch.no_grad():
+        kernels.weight.mul_(2)
+    network.train()(DARK_THEN_LIT[64:])
+    assert [rounding.scale.item() for rounding in _activation_roundings(network)] == [each.item() for each in before]
+    torch.testing.assert_close(kernels.weight_fake_quant.scale, 2 * scale)
+
+
+def test_stored_kernels_are_the_rounded_ones() -> None:
+    network = _rounded(DARK_THEN_LIT)
+    (kernels,) = (each for each in network.modules() if hasattr(each, "weight_fake_quant"))
+    stored = _StoredConv2d(kernels)
+    assert torch.equal(stored.weight * stored.scale, kernels.weight_fake_quant(kernels.weight))
 
 
 def test_a_relu6_behind_a_sum_stays_one() -> None:
@@ -1203,8 +1548,9 @@ def test_a_backbone_of_another_size_is_refused_before_training(options: TrainOpt
     ("arguments", "message"),
     [
         (["--data-dir", "missing"], "not a directory"),
-        (["--data_dir", ".", "--batch_size", "0"], "batch_size must be above 0"),
-        (["--data-dir", ".", "--max-per-gender", "5"], "goes with balanced_by_gender"),
+        (["--data_dir", ".", "--batch_size", "0"], "--batch-size must be above 0"),
+        (["--data-dir", ".", "--max-per-gender", "5"], "goes with --balanced-by-gender"),
+        (["--data-dir", "a", "--data_dir=b"], "--data-dir is given more than once"),
         (["--data-dir", ".", "--device", "gpu"], "unknown device 'gpu'"),
     ],
 )
@@ -1219,30 +1565,86 @@ def test_wrong_calls_end_in_one_line(arguments: list[str], message: str, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"threads": -1}, "threads must be above 0, not -1"),
-        ({"max_samples": 0}, "max_samples must be above 0, not 0"),
-        ({"max_per_gender": -1, "balanced_by_gender": True}, "max_per_gender must be above 0"),
-        ({"patience": 0}, "patience must be above 0"),
-        ({"seed": -1}, "seed must lie between 0 and 4294967295"),
-        ({"seed": 10**20}, "seed must lie between 0 and 4294967295"),
-        ({"gender_loss_weight": -1.0}, "gender_loss_weight must be 0 or above"),
-        ({"weight_decay": -1.0}, "weight_decay must be 0 or above"),
-        ({"num_workers": -1}, "num_workers must be 0 or above"),
-        ({"lr": math.nan}, "lr must be above 0, not nan"),
-        ({"val_frac": math.nan}, "val_frac and test_frac must be above 0"),
-        ({"teacher": (Path("x"),), "epochs": 0, "checkpoint": (Path("y/best.pt"),)}, "teacher goes with epochs"),
-        ({"weights": Path("models")}, "weights goes with the backbone mobilenet_v1"),
-        ({"ema_decay": 1.5}, "ema_decay must lie between 0 and 1"),
-        ({"drop_path": 1.5}, "drop_path must lie between 0 and 1"),
-        ({"margin": -0.1}, "margin must lie between 0 and 10"),
+        ({"threads": -1}, "--threads must be above 0, not -1"),
+        ({"max_samples": 0}, "--max-samples must be above 0, not 0"),
+        ({"max_per_gender": -1, "balanced_by_gender": True}, "--max-per-gender must be above 0"),
+        ({"patience": 0}, "--patience must be above 0"),
+        ({"seed": -1}, "--seed must lie between 0 and 4294967295"),
+        ({"seed": 2**32}, "--seed must lie between 0 and 4294967295"),
+        ({"gender_loss_weight": -1.0}, "--gender-loss-weight must be 0 or above"),
+        ({"weight_decay": -1.0}, "--weight-decay must be 0 or above"),
+        ({"num_workers": -1}, "--num-workers must be 0 or above"),
+        ({"lr": math.nan}, "--lr must be above 0, not nan"),
+        ({"val_frac": math.nan}, "--val-frac and --test-frac must be above 0"),
+        ({"teacher": (Path("x"),), "epochs": 0, "checkpoint": (Path("y/best.pt"),)}, "--teacher goes with --epochs"),
+        ({"weights": Path("models")}, "--weights goes with --backbone mobilenet_v1"),
+        ({"threads": 100_000}, "--threads must be at most .*, 4 a core, not 100000"),
+        ({"threads": 4 * training.options.core_count() + 1}, "--threads must be at most"),
+        ({"val_frac": 0.5, "test_frac": 0.5}, "--val-frac and --test-frac must be above 0"),
+        ({"backbone": ""}, "--backbone '' lacks a name"),
+        ({"backbone": "resnet18+"}, r"--backbone 'resnet18\+' lacks a name"),
+        ({"backbone": "face_resnet@64"}, "face_resnet needs chips of at least 96 pixels"),
+        ({"backbone": "resnet18@16"}, "multiple of 16 from 32 on"),
+        ({"ema_decay": 1.5}, "--ema-decay must lie between 0 and 1"),
+        ({"drop_path": 1.5}, "--drop-path must lie between 0 and 1"),
+        ({"margin": -0.1}, "--margin must lie between 0 and 10"),
         ({"teacher": (Path("run"),), "out_dir": Path("run")}, "holds a teacher or checkpoint"),
         ({"checkpoint": (Path("run/best.pt"),), "out_dir": Path("x/../run")}, "holds a teacher or checkpoint"),
-        ({"teacher": (Path("run"),), "age_loss": "mse"}, "teacher goes with the age_loss distribution"),
+        ({"teacher": (Path("run"),), "age_loss": "mse"}, "--teacher goes with --age-loss distribution"),
     ],
 )
 def test_options_that_cannot_work_are_refused(changes: dict[str, Any], message: str, options: TrainOptions) -> None:
     with pytest.raises(ValueError, match=message):
         replace(options, **changes)
+
+
+def test_options_at_their_limits_are_taken(options: TrainOptions) -> None:
+    limits = {"seed": 2**32 - 1, "threads": 4 * training.options.core_count(), "backbone": "resnet18+face_resnet@96"}
+    assert replace(options, size=64, **limits).seed == 2**32 - 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "twice"),
+    [
+        ("--data-dir A --data-dir B", "--data-dir"),
+        ("--data_dir A --seed 1 --data-dir=B", "--data-dir"),
+        ("--resume --no-resume", "--resume"),
+        ("--no_mirror --no-mirror --lr 1 --lr=1", "--mirror, --lr"),
+        ("--data-dir A --data-name A --teacher A A --weights A --weight-decay 0 --num-workers 1 --workers 1", None),
+    ],
+)
+def test_an_option_is_given_once(
+    arguments: str, twice: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if twice is None:
+        refuse_repeated(arguments.split())
+        return
+    monkeypatch.setattr("sys.argv", ["training", *arguments.split()])
+    for name, call in (("training", main), ("evaluate", training.evaluate.main)):
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            assert call() == 2
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert capsys.readouterr().err.startswith(f"{name}: {twice} is given more than once; give it once")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "sizes"),
+    [
+        (1, [32]),
+        (2, [24, 32]),
+        (3, [24, 28, 32]),
+        (4, [24, 24, 28, 32]),
+        (5, [24, 24, 28, 28, 32]),
+        (8, [24, 24, 24, 28, 28, 28, 32, 32]),
+        (20, [24] * 7 + [28] * 8 + [32] * 5),
+    ],
+)
+def test_chips_grow_to_their_full_size(epochs: int, sizes: list[int], options: TrainOptions) -> None:
+    growing = replace(options, backbone="resnet18", size=32, epochs=epochs)
+    assert [growing.train_size(epoch) for epoch in range(epochs)] == sizes
+    assert {replace(growing, progressive=False).train_size(epoch) for epoch in range(epochs)} == {32}
 
 
 @pytest.mark.parametrize("content", [b"", b"no weights", b".", b"PK\x03\x04"])

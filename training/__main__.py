@@ -6,7 +6,7 @@ import sys
 import tyro
 
 from agegender import AgeGenderError
-from training.options import TrainOptions
+from training.options import TrainOptions, refuse_repeated
 from training.run import run
 
 
@@ -15,6 +15,7 @@ def main() -> int:
     command = "the same command"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as an interrupt
     try:
+        refuse_repeated(sys.argv[1:])
         options = tyro.cli(TrainOptions, prog="python -m training")
         if not options.resume:
             command += " without --no-resume"

@@ -10,10 +10,11 @@ from agegender.image import Pixels
 
 __all__ = ["augment"]
 
-_ROTATION_DEG: Final = 8.0
+# Common practice, so mild that faces stay as they look in use; docs/decisions/training.md compares no other values.
+_ROTATION_DEG: Final = 8.0  # either way
 _ZOOM: Final = (0.84, 1.04)  # share of the chip's side that is shown
-_SHIFT: Final = 0.04
-_LIGHT: Final = 0.3
+_SHIFT: Final = 0.04  # share of the chip's side, either way
+_LIGHT: Final = 0.3  # how far gains of brightness and contrast lie from 1, either way
 _GREY_SHARE: Final = 0.1
 _BLUR_SHARE: Final = 0.15
 _NOISE_SHARE: Final = 0.2

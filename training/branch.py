@@ -67,13 +67,15 @@ def parse_backbones(name: str) -> list[tuple[str, int | None]]:
     """`one@128+other` -> [("one", 128), ("other", None)]: names, and the sides of their chips where they are given.
 
     Raises:
-        ValueError: what follows an @ is no number of pixels that a backbone takes.
+        ValueError: a name is missing, or what follows an @ is no number of pixels that a backbone takes.
     """
     parts = []
     for part in name.split("+"):
         backbone, at, side = part.partition("@")
+        if not backbone:
+            raise ValueError(f"--backbone {name!r} lacks a name; give one, or several with plus signs between")
         if at and (not side.isdecimal() or int(side) % 16 or int(side) < 32):
-            raise ValueError(f"{part}: the size of a branch must be a multiple of 16, as in {backbone}@128")
+            raise ValueError(f"{part}: the size of a branch must be a multiple of 16 from 32 on, as in {backbone}@128")
         parts.append((backbone, int(side) if at else None))
     return parts
 

@@ -5,16 +5,16 @@ the chip's geometry, the source of the core's modules, the detector's weights an
 """
 
 import fcntl
-import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,9 +33,11 @@ from agegender import AgeGenderError, FaceDetector, cut_chip
 from agegender.detector import DECODE_SIDE_PX
 from agegender.image import read_header
 from training.data import Rejected, Sample
+from training.files import written_whole
 
 __all__ = ["ChipCache", "cutting_version", "load_chips"]
 
+_LOG: Final = logging.getLogger(__name__)
 _CUTTERS: Final = (agegender.image, agegender.detector, agegender.chips)
 _FEW: Final = 512  # pictures that are cut faster than processes start
 
@@ -75,14 +77,29 @@ def cutting_version(size_px: int, margin: float) -> str:
 def load_chips(
     samples: Sequence[Sample], size_px: int, margin: float, cache_dir: Path, rejected: Rejected
 ) -> tuple[list[Sample], ChipCache]:
-    """Cuts the chips that are missing, and returns the samples that have one; the others are added to `rejected`."""
+    """Cuts the chips that are missing.
+
+    Args:
+        samples: the pictures.
+        size_px: side S of the chips.
+        margin: how far they reach beyond the face template on each side, as a share of its side.
+        cache_dir: keeps them, in a folder for each `cutting_version`.
+        rejected: gets the samples that have no chip.
+
+    Returns:
+        The samples that have a chip, in their order, and where the chips lie.
+
+    Raises:
+        OSError: the disk cannot take them.
+        ValueError: a process that cuts them died.
+    """
     folder = cache_dir / f"chips-{size_px}-{cutting_version(size_px, margin)}"
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         known = _read_index(folder)
         missing = [sample for sample in samples if sample.digest not in known]
         if missing:
-            known = _extend(folder, known, missing, partial(_cut, size_px=size_px, margin=margin), size_px)
+            known = _extend(folder, known, missing, size_px, margin)
     rows = {digest: row for digest, row in known.items() if isinstance(row, int)}
     for sample in samples:
         if sample.digest not in rows:
@@ -108,11 +125,7 @@ def _read_index(folder: Path) -> dict[str, int | str]:
 
 
 def _extend(
-    folder: Path,
-    known: dict[str, int | str],
-    missing: Sequence[Sample],
-    cut: "partial[_Outcome]",
-    size_px: int,
+    folder: Path, known: dict[str, int | str], missing: Sequence[Sample], size_px: int, margin: float
 ) -> dict[str, int | str]:
     """Writes a larger array and index beside the old ones, then puts them in place: array first, index last.
 
@@ -127,6 +140,7 @@ def _extend(
     if old:
         chips[:old] = np.load(folder / "chips.npy", mmap_mode="r")[:old]
     index, row = dict(known), old
+    cut = partial(_cut, size_px=size_px, margin=margin)
     try:
         for sample, chip in zip(missing, _cut_all(missing, cut), strict=True):
             if isinstance(chip, str):
@@ -137,9 +151,9 @@ def _extend(
                 row += 1
     finally:
         chips.flush()
-        (folder / "index.tmp.json").write_text(json.dumps(index))
         os.replace(folder / "chips.tmp.npy", folder / "chips.npy")
-        os.replace(folder / "index.tmp.json", folder / "index.json")
+        with written_whole(folder / "index.json") as temporary:
+            temporary.write_text(json.dumps(index))
     return index
 
 
@@ -183,12 +197,15 @@ def _cut(path: Path, *, size_px: int, margin: float) -> _Outcome:
         pixels = read_header(path.read_bytes()).decode(min_side_px=DECODE_SIDE_PX)
         faces = _detector().detect(pixels)
         return cut_chip(pixels, faces[0], size_px, margin=margin) if faces else "no face found"
-    except AgeGenderError as error:
+    except (AgeGenderError, ValueError) as error:
         return f"unreadable: {error}"
-    except Exception:  # of the disk, of memory: hours of cutting do not end for one picture
+    except (OSError, MemoryError):  # which may be over when the next run tries again
+        return None
+    except Exception:  # a fault of the code, for whose sake hours of cutting do not end
+        _LOG.exception("%s could not be cut", path)
         return None
 
 
-@functools.cache
+@cache
 def _detector() -> FaceDetector:
     return FaceDetector(max_faces=1)

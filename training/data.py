@@ -19,15 +19,17 @@ __all__ = [
     "Rejected",
     "Sample",
     "Split",
+    "check_data_dir",
+    "evenly_chosen",
     "near_duplicate_groups",
     "parse_name",
     "perceptual_hash",
     "scan",
     "split_samples",
-    "spread",
 ]
 
 MAX_AGE_YEARS: Final = 116
+_MAX_RACE: Final = 4
 _IMAGE_SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 Split = Literal["train", "val", "test"]
@@ -42,7 +44,8 @@ _NEAR_BITS: Final = 46
 
 @dataclass(frozen=True)
 class Labels:
-    """What a file's name says: apparent age in whole years, gender (0 male, 1 female), race label (audit only)."""
+    """What a file's name says: apparent age in whole years, 0 to 116; gender (0 male, 1 female); UTKFace's race label,
+    0 to 4, for the audit only."""
 
     age_years: int
     gender: int
@@ -83,17 +86,22 @@ def parse_name(name: str) -> Labels:
         raise ValueError(f"age out of range: {age} is not in 0-{MAX_AGE_YEARS}")
     if gender not in (0, 1):
         raise ValueError(f"gender out of range: {gender} is neither 0 nor 1")
-    return Labels(age, gender, int(match["race"]) if match["race"] else None)
+    race = int(match["race"]) if match["race"] else None
+    if race is not None and race > _MAX_RACE:
+        raise ValueError(f"race out of range: {race} is not in 0-{_MAX_RACE}")
+    return Labels(age, gender, race)
 
 
 def scan(data_dir: Path) -> tuple[list[Sample], Rejected]:
     """Lists the labelled pictures below a directory, in the order of their paths.
 
+    Returns:
+        The first of each group of pictures with the same bytes, and the files that were left out.
+
     Raises:
         ValueError: there is no such directory, or not one usable picture in it.
     """
-    if not data_dir.is_dir():
-        raise ValueError(f"{data_dir} is not a directory; give the folder that holds the labelled faces")
+    check_data_dir(data_dir)
     samples: dict[str, Sample] = {}
     rejected = Rejected()
     for path in _pictures(data_dir, rejected):
@@ -112,6 +120,16 @@ def scan(data_dir: Path) -> tuple[list[Sample], Rejected]:
         left_out = f"; left out: {reasons}" if reasons else ""
         raise ValueError(f"no usable picture in {data_dir}; expected files named age_gender_race_date.jpg{left_out}")
     return list(samples.values()), rejected
+
+
+def check_data_dir(data_dir: Path) -> None:
+    """Finds out before other work whether there is a folder to scan.
+
+    Raises:
+        ValueError: there is no such directory.
+    """
+    if not data_dir.is_dir():
+        raise ValueError(f"{data_dir} is not a directory; give the folder that holds the labelled faces")
 
 
 def _pictures(data_dir: Path, rejected: Rejected) -> list[Path]:
@@ -182,6 +200,15 @@ def split_samples(
     A group goes where the SHA-256 of the seed and the digest of its first member by path says, so that a picture stays
     on its side when others are added to the folder: unless one of them is its near-duplicate and sorts before it, or
     joins two groups into one.
+
+    Args:
+        samples: N pictures in the order of their paths.
+        groups: (N,) see `near_duplicate_groups`.
+        val_frac, test_frac: shares of the groups; the rest is trained on.
+        seed: which groups go where.
+
+    Returns:
+        The split of each picture.
     """
     return [_side(samples[int(group)].digest, val_frac, test_frac, seed) for group in groups]
 
@@ -193,8 +220,10 @@ def _side(digest: str, val_frac: float, test_frac: float, seed: int) -> Split:
     return "val" if draw < test_frac + val_frac else "train"
 
 
-def spread(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
-    """At most `count` samples, evenly from first to last: by their names, which begin with the age, the first pictures
-    are of children and the very old."""
+def evenly_chosen(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
+    """At most `count` samples, evenly from first to last.
+
+    In the order of names, which begin with the age, the first pictures are of children and the very old.
+    """
     count = min(count, len(samples))
     return [samples[place * len(samples) // count] for place in range(count)]

@@ -1,7 +1,7 @@
 """Folder -> the samples and chips of the three splits."""
 
 import hashlib
-import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,15 @@ import numpy.typing as npt
 
 from training.cache import ChipCache, load_chips
 from training.data import Rejected, Sample, Split, near_duplicate_groups, perceptual_hash, scan, split_samples
+from training.files import written_whole
 from training.options import TrainOptions
 
 __all__ = ["ARTIFACT", "Faces", "Splits", "load_faces", "read_splits", "splits_path", "write_splits"]
 
 ARTIFACT: Final = "agegender.pt"  # its name in a run's folder
 _DIGITS: Final = 16
+_HEADER: Final = "digest,split"
+_LINE: Final = re.compile(rf"([0-9a-f]{{{_DIGITS}}}),(train|val|test)")
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,8 @@ class Faces:
         train_chips: a quarter larger than the network's chips, so that augmentation has something to cut from.
         chips: of the validation and test splits, cut as in inference.
         rejected: what was left out.
-        trained_on: what counts as trained on, by the first digits of the SHA-256: what teachers and checkpoints were
-            trained or validated on, near-duplicates of it, and all of the training split, with what balancing has left
-            out of it.
+        trained_on: first digits of the SHA-256 of every picture that must not be tested on: what teachers and
+            checkpoints trained or validated on, near-duplicates of those, and the training split before balancing.
     """
 
     samples: dict[Split, list[Sample]]
@@ -80,13 +82,15 @@ def load_faces(options: TrainOptions) -> Faces:
     """Scans, cuts and deals.
 
     Raises:
-        ValueError: a split would be empty, no usable picture was found, or it is not known what a teacher or checkpoint
-            was trained on.
+        ValueError: a split would be empty, or the training split's pictures of one gender where both are to be
+            balanced; no usable picture was found; or it is not known what a teacher or checkpoint was trained on.
     """
+    inherited = _inherited(options)
     samples, rejected = scan(options.data_dir)
     samples = _some(samples, options.max_samples, options.seed)
-    cut = (options.margin, options.cache_dir, rejected)
-    samples, train_chips = load_chips(samples, options.size * 5 // 4, *cut)
+    samples, train_chips = load_chips(
+        samples, options.size * 5 // 4, margin=options.margin, cache_dir=options.cache_dir, rejected=rejected
+    )
     groups = _groups(samples, train_chips)
     sides = split_samples(
         samples,
@@ -98,7 +102,6 @@ def load_faces(options: TrainOptions) -> Faces:
     splits: dict[Split, list[Sample]] = {"train": [], "val": [], "test": []}
     for sample, side in zip(samples, sides, strict=True):
         splits[side].append(sample)
-    inherited = _inherited(options)
     trained = _with_doubles(samples, groups, {digest for digest, side in inherited.items() if side == "train"})
     chosen = _with_doubles(samples, groups, {digest for digest, side in inherited.items() if side != "test"})
     splits["val"] = _unseen(splits["val"], trained, rejected)
@@ -106,7 +109,13 @@ def load_faces(options: TrainOptions) -> Faces:
     trained_on = chosen | {sample.digest[:_DIGITS] for sample in splits["train"]}
     if options.balanced_by_gender:
         splits["train"] = _balanced(splits["train"], options.max_per_gender, options.seed)
-    _, chips = load_chips(splits["val"] + splits["test"], options.size, *cut)
+    _, chips = load_chips(
+        splits["val"] + splits["test"],
+        options.size,
+        margin=options.margin,
+        cache_dir=options.cache_dir,
+        rejected=rejected,
+    )
     for side in ("val", "test"):
         splits[side] = [sample for sample in splits[side] if sample.digest in chips.rows]
     if not all(splits.values()):
@@ -120,7 +129,8 @@ def load_faces(options: TrainOptions) -> Faces:
 
 
 def _inherited(options: TrainOptions) -> dict[str, str]:
-    """On which side of a teacher's or checkpoint's run each picture was; the nearest to training where they differ."""
+    """The split of each picture in the teachers' and checkpoints' runs; where runs disagree, train wins over val, val
+    over test."""
     runs = (*options.teacher, *(path.parent for path in options.checkpoint))
     paths = [splits_path(run / ARTIFACT) for run in runs]
     for path in paths:
@@ -155,9 +165,8 @@ def _unseen(samples: list[Sample], seen: frozenset[str], rejected: Rejected) -> 
 def write_splits(faces: Faces, path: Path) -> None:
     """Writes which picture was on which side, so that nobody tests on what was trained on: lines of `digest,split`."""
     lines = [f"{digest},{side}\n" for digest, side in faces.splits().sides.items()]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("digest,split\n" + "".join(sorted(lines)))
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(f"{_HEADER}\n" + "".join(sorted(lines)))
 
 
 def splits_path(artifact: Path) -> Path:
@@ -166,12 +175,30 @@ def splits_path(artifact: Path) -> Path:
 
 
 def read_splits(path: Path) -> "Splits":
-    """What `write_splits` wrote; empty where there is no such file."""
+    """What `write_splits` wrote; none where there is no such file, or an empty one, as people may write it.
+
+    Raises:
+        ValueError: there is something else.
+    """
     try:
-        lines = path.read_text().splitlines()[1:]
+        header, *lines = path.read_text(encoding="ascii").splitlines() or [_HEADER]
+        if header != _HEADER:
+            raise ValueError
+        return Splits(dict(_parse_line(line) for line in lines))
     except FileNotFoundError:
         return Splits({})
-    return Splits({digest: split for digest, _, split in (line.partition(",") for line in lines)})
+    except (IsADirectoryError, ValueError):
+        raise ValueError(
+            f"{path} does not hold lines of {_HEADER} as a training writes them; bring back that of the run, or else "
+            "what it was trained on would be taken for new"
+        ) from None
+
+
+def _parse_line(line: str) -> tuple[str, str]:
+    match = _LINE.fullmatch(line)
+    if match is None:
+        raise ValueError
+    return match[1], match[2]
 
 
 def _some(samples: list[Sample], count: int | None, seed: int) -> list[Sample]:
@@ -183,10 +210,13 @@ def _some(samples: list[Sample], count: int | None, seed: int) -> list[Sample]:
 
 
 def _balanced(samples: list[Sample], most: int | None, seed: int) -> list[Sample]:
-    sides = [[sample for sample in samples if sample.labels.gender == gender] for gender in (0, 1)]
-    count = min(len(side) for side in sides)
+    genders = [[sample for sample in samples if sample.labels.gender == gender] for gender in (0, 1)]
+    if samples and not all(genders):
+        missing = "female" if genders[0] else "male"
+        raise ValueError(f"there are no training pictures labelled {missing}; leave out --balanced-by-gender")
+    count = min(len(part) for part in genders)
     count = count if most is None else min(count, most)
-    return sorted((sample for side in sides for sample in _some(side, count, seed)), key=lambda sample: sample.path)
+    return sorted((sample for part in genders for sample in _some(part, count, seed)), key=lambda sample: sample.path)
 
 
 def _groups(samples: Sequence[Sample], chips: ChipCache) -> npt.NDArray[np.int64]:

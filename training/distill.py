@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -16,26 +16,50 @@ from training.network import create_network
 from training.options import TrainOptions, read_options
 from training.quantize import is_rounded
 
-__all__ = ["TAUGHT", "average", "taught", "teacher_probs"]
+__all__ = ["TAUGHT", "average", "check_teacher", "taught", "teacher_probs"]
 
 TAUGHT: Final = "taught.pt"
 
 
-def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, device: torch.device) -> Probs:
-    """What the best weights of a run say of pictures, averaged over each chip and its mirror image.
+def check_teacher(run_dir: Path) -> None:
+    """Finds out before the work whether a folder holds a run that can teach; its backbone is only tried by teaching.
 
     Raises:
-        ValueError: the folder holds no run with whole epochs, or its chips cannot be cut.
+        ValueError: it does not.
     """
+    _read_run(run_dir)
+
+
+def _read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options and the best weights of a run that can teach."""
     try:
         options = read_options(run_dir)
         weights = load_weights(run_dir / BEST)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"the teacher {run_dir} is not the folder of a run: no {error.filename}") from error
     if (loss := options.get("age_loss", "distribution")) != "distribution":
         raise ValueError(f"the teacher {run_dir} was trained with --age-loss {loss}, so its ages are no distribution")
     if is_rounded(weights):
         raise ValueError(f"the teacher {run_dir} was trained in 8 bits; give the run that it went on from")
+    return options, weights
+
+
+def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, device: torch.device) -> Probs:
+    """What the best weights of a run say of N pictures, averaged over each chip and its mirror image.
+
+    Args:
+        run_dir: out_dir of the teacher's training; its options say how the chips are cut.
+        samples: the pictures.
+        cache_dir: where cut chips are kept.
+        device: where the network runs.
+
+    Returns:
+        The probabilities, on the CPU and in the order of the samples.
+
+    Raises:
+        ValueError: the folder holds no run with whole epochs, or its chips cannot be cut.
+    """
+    options, weights = _read_run(run_dir)
     network = create_network(options["backbone"], pretrained=False, dropout=0.0, drop_path=0.0)
     try:
         network.load_state_dict(weights)
@@ -44,7 +68,8 @@ def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, dev
             f"the teacher {run_dir} holds weights of another backbone than {options['backbone']}"
         ) from error
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-    cut, cache = load_chips(samples, options["size"], options.get("margin", 0.0), cache_dir, Rejected())
+    margin = options.get("margin", 0.0)
+    cut, cache = load_chips(samples, options["size"], margin=margin, cache_dir=cache_dir, rejected=Rejected())
     if len(cut) != len(samples):
         raise ValueError(f"the teacher {run_dir} finds no face in {len(samples) - len(cut)} of the training pictures")
     chips = cache.read(samples)
@@ -56,11 +81,20 @@ def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, dev
 def taught(runs: Sequence[Path], samples: Sequence[Sample], options: TrainOptions, device: torch.device) -> Probs:
     """What several teachers say on average; kept in the run's folder, since it takes minutes and a resume asks again.
 
+    Args:
+        runs: folders that `check_teacher` takes.
+        samples: of the training split.
+        options: of the pupil's run.
+        device: where the teachers run.
+
+    Returns:
+        The probabilities, on the CPU and in the order of the samples.
+
     Raises:
         ValueError: see `teacher_probs`.
     """
     path = options.out_dir / TAUGHT
-    key = [sample.digest for sample in samples] + [hashlib.sha256(_weights(run)).hexdigest() for run in runs]
+    key = [sample.digest for sample in samples] + [_digest(run / BEST) for run in runs]
     if options.resume and path.exists():
         kept = load_weights(path)
         if kept["key"] == key:
@@ -70,11 +104,10 @@ def taught(runs: Sequence[Path], samples: Sequence[Sample], options: TrainOption
     return probs
 
 
-def _weights(run_dir: Path) -> bytes:
-    path = run_dir / BEST
-    return path.read_bytes() if path.exists() else b""
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def average(probs: Sequence[Probs]) -> Probs:
-    """The mean of several predictions of the same chips."""
+    """The mean of several predictions of the same N chips."""
     return Probs(*(torch.stack(same).mean(dim=0) for same in zip(*probs, strict=True)))

@@ -15,20 +15,30 @@ from agegender import AgeGenderError, Model
 from agegender.model import Predictions
 from agegender.spec import DEFAULT_MODEL
 from training.cache import ChipCache, load_chips
-from training.data import Sample, scan, spread
+from training.data import Sample, evenly_chosen, scan
 from training.dataset import Splits, read_splits, splits_path
+from training.files import written_whole
 from training.loop import EpochResult, read_curve
 from training.metrics import Scored, measure_groups
-from training.options import check_folder
+from training.options import check_folder, refuse_repeated
 from training.robustness import robustness
 
 if TYPE_CHECKING:
     from training.report import Evaluation
 
-__all__ = ["METRICS", "REPORT", "EvaluateOptions", "evaluate", "keep_fonts_in", "main", "predict_chips", "run"]
+__all__ = [
+    "METRICS_FILE",
+    "REPORT_FILE",
+    "EvaluateOptions",
+    "evaluate",
+    "keep_fonts_in",
+    "main",
+    "predict_chips",
+    "run",
+]
 
-METRICS: Final = "metrics.json"
-REPORT: Final = "report.html"
+METRICS_FILE: Final = "metrics.json"
+REPORT_FILE: Final = "report.html"
 _BATCH = 64
 
 
@@ -53,25 +63,31 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         if self.robustness_pictures < 0:
-            raise ValueError(f"robustness_pictures must be 0 or above, not {self.robustness_pictures}")
-        check_folder("out_dir", self.out_dir)
-        check_folder("cache_dir", self.cache_dir)
+            raise ValueError(f"--robustness-pictures must be 0 or above, not {self.robustness_pictures}")
+        check_folder("--out-dir", self.out_dir)
+        check_folder("--cache-dir", self.cache_dir)
 
 
 def run(options: EvaluateOptions) -> Path:
     """Evaluates, and returns the path of the report.
 
     Raises:
-        ValueError: no usable picture, none with a face, or none that the model has not seen.
+        ValueError: no usable picture, none with a face, or none that the model has not seen; or what it has seen is
+            not told by the file that should.
         ModelLoadError: the artifact cannot be used.
     """
     keep_fonts_in(options.cache_dir)
     model = Model(options.model, device=options.device)
-    samples, rejected = scan(options.data_dir)
     splits = read_splits(splits_path(options.model))
+    samples, rejected = scan(options.data_dir)
     samples, warning = _unseen(samples, splits, options)
-    geometry = (model.spec.chip_size_px, model.spec.chip_margin)
-    samples, chips = load_chips(samples, *geometry, options.cache_dir, rejected)
+    samples, chips = load_chips(
+        samples,
+        model.spec.chip_size_px,
+        margin=model.spec.chip_margin,
+        cache_dir=options.cache_dir,
+        rejected=rejected,
+    )
     if not samples:
         raise ValueError(f"no picture in {options.data_dir} can be measured on: {rejected.counts()}")
     strangers = [splits.of(sample) for sample in samples].count(None)
@@ -101,17 +117,31 @@ def evaluate(
     curve: Sequence[EpochResult] = (),
     warning: str | None = None,
 ) -> Path:
-    """Measures a model on pictures whose chips are cut, and writes metrics.json and report.html."""
+    """Measures a model on pictures whose chips are cut, and writes metrics.json and report.html.
+
+    Args:
+        model: the artifact.
+        samples: the pictures, at least one.
+        chips: of all of them.
+        out_dir: of both files; made if it is missing.
+        robustness_pictures: at most how many of them are made worse at each level of each corruption.
+        curve: of the model's training, for the report.
+        warning: what must be said of the figures.
+
+    Returns:
+        The path of the report.
+    """
     from training.report import Evaluation, write_report  # imports matplotlib, see `keep_fonts_in`
 
     scored = Scored.of([sample.labels for sample in samples], predict_chips(model, samples, chips))
     groups = measure_groups(scored)
-    worsened = spread(samples, robustness_pictures)
+    worsened = evenly_chosen(samples, robustness_pictures)
     curves = robustness(model, worsened) if worsened else {}
     result = Evaluation(model, list(samples), scored, groups, curves, len(worsened), list(curve), warning)
     out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / METRICS).write_text(json.dumps(_as_json(result), indent=1) + "\n")
-    report = write_report(result, out_dir / REPORT)
+    with written_whole(out_dir / METRICS_FILE) as temporary:
+        temporary.write_text(json.dumps(_as_json(result), indent=1) + "\n")
+    report = write_report(result, out_dir / REPORT_FILE)
     _print_summary(result, report)
     return report
 
@@ -129,16 +159,19 @@ def _unseen(samples: list[Sample], splits: Splits, options: EvaluateOptions) -> 
     unseen = [sample for sample in samples if splits.of(sample) in (None, "test")]
     seen = len(samples) - len(unseen)
     if options.pictures == "all":
-        return samples, f"the model has seen {seen} of these {len(samples)} pictures in training" if seen else None
+        told = f"the model has seen {seen} of these {len(samples)} pictures in training or validation"
+        return samples, told if seen else None
     if not unseen:
-        raise ValueError(f"the model has seen all {seen} pictures in training; --pictures all measures on them anyway")
+        raise ValueError(
+            f"the model has seen all {seen} pictures in training or validation; --pictures all measures on them anyway"
+        )
     if seen:
         print(f"{seen} pictures that the model was trained or calibrated on are left out")
     return unseen, None
 
 
 def predict_chips(model: Model, samples: Sequence[Sample], chips: ChipCache) -> Predictions:
-    """Predictions for pictures whose chips are cut, in their order and a batch at a time."""
+    """Predictions for N >= 1 pictures whose chips are cut, in their order and a batch at a time."""
     parts = [model.predict(chips.read(samples[at : at + _BATCH])) for at in range(0, len(samples), _BATCH)]
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
@@ -177,6 +210,7 @@ def _print_summary(result: "Evaluation", report: Path) -> None:
 def main() -> int:
     """Returns the process's exit code."""
     try:
+        refuse_repeated(sys.argv[1:])
         run(tyro.cli(EvaluateOptions, prog="python -m training.evaluate"))
     except (AgeGenderError, ValueError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)

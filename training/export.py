@@ -2,7 +2,6 @@
 
 import copy
 import io
-import os
 import re
 import warnings
 import zipfile
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from agegender.spec import SPEC_FILE, ModelSpec
 from training.calibrate import Calibration, age_interval
 from training.deploy import Deployed
+from training.files import written_whole
 from training.network import AGE_BINS, Network
 from training.options import TrainOptions
 
@@ -80,7 +80,7 @@ def check_exportable(network: Network, options: TrainOptions) -> None:
         for batch in chips:
             trained(batch)
         deployed = Deployed(network, chips[-1], precision=options.precision, mirror=options.mirror)
-        with _hearing_out_torchscript():
+        with _ignoring_torchscript_deprecation():
             torch.jit.script(Artifact(deployed, Calibration((1.0,) * AGE_BINS, 1.0, options.mean)))
     except Exception as error:  # whatever the backbone's code raises at other sizes, or when it is traced or compiled
         said = next((line for line in str(error).splitlines() if line.strip()), "").strip()
@@ -94,13 +94,23 @@ def check_exportable(network: Network, options: TrainOptions) -> None:
 
 
 def export(network: Deployed, calibration: Calibration, spec: ModelSpec, path: Path) -> None:
-    """Writes the artifact beside `path` and renames it into place."""
-    saved, temporary = io.BytesIO(), path.with_suffix(".tmp")
-    with _hearing_out_torchscript():
+    """Writes the artifact, see `written_whole`.
+
+    Args:
+        network: as it is deployed.
+        calibration: of this network.
+        spec: goes into the artifact as it is.
+        path: of the artifact.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    saved = io.BytesIO()
+    with _ignoring_torchscript_deprecation():
         scripted = torch.jit.script(Artifact(network, calibration).eval())
         torch.jit.save(scripted, saved, _extra_files={SPEC_FILE: spec.to_json()})
-    _write_reproducibly(saved, temporary)
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        _write_reproducibly(saved, temporary)
 
 
 def _write_reproducibly(saved: BinaryIO, path: Path) -> None:
@@ -122,7 +132,7 @@ def _sorted_lines(found: re.Match[bytes]) -> bytes:
 
 
 @contextmanager
-def _hearing_out_torchscript() -> Iterator[None]:
+def _ignoring_torchscript_deprecation() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch deprecates TorchScript, and still runs it
         yield

@@ -3,7 +3,6 @@
 import csv
 import math
 import os
-import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from training.cache import ChipCache
 from training.calibrate import predicted_age
 from training.data import Sample
 from training.dataset import Faces
+from training.files import written_whole
 from training.loss import Targets, criterion
 from training.network import Logits, Network
 from training.options import TrainOptions
@@ -56,8 +56,12 @@ __all__ = [
 BEST: Final = "best.pt"
 LAST: Final = "last.pt"
 CURVE: Final = "curve.csv"
+
+# Common practice; docs/decisions/training.md compares no other values: the norm over all parameters that gradients are
+# clipped to (Pascanu et al. 2013), and the share of steps that the one-cycle schedule rises in (Smith & Topin 2017).
 _GRADIENT_CLIP: Final = 5.0
 _WARM_UP_SHARE: Final = 0.1
+
 _EVAL_BATCH: Final = 128
 
 _SMALLER: Final = "lower --batch-size or --size, and give another --out-dir"
@@ -135,7 +139,7 @@ def train(network: Network, faces: Faces, targets: Targets, options: TrainOption
     for epoch in range(len(curve), options.epochs):
         if _out_of_patience(curve, options.patience):
             break
-        _seed_everything(options.seed, epoch)
+        torch.manual_seed(options.seed * 100_003 + epoch)
         size_px = options.train_size(epoch)
         chips = AugmentedChips(faces.samples["train"], faces.train_chips, size_px, options.seed, epoch)
         batches = epoch_batches(chips, options, device, rank, world)
@@ -192,7 +196,14 @@ def read_curve(out_dir: Path) -> list[EpochResult]:
 
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that a checkpoint must hold; randomness is drawn anew from the seed in each epoch."""
+    """Everything that a checkpoint must hold; randomness is drawn anew from the seed in each epoch.
+
+    Attributes:
+        network: as it is trained.
+        ema: the exponential average of its weights, which is what is evaluated and exported.
+        optimizer: of the network.
+        scheduler: of the optimizer's learning rate, step by step.
+    """
 
     network: Network
     ema: AveragedModel
@@ -208,7 +219,13 @@ class TrainState:
 
 
 def initial_state(network: Network, samples: int, options: TrainOptions) -> TrainState:
-    """The state before the first of the epochs over so many samples."""
+    """The state before the first epoch.
+
+    Args:
+        network: to be trained; its device and memory format are settled.
+        samples: number of pictures in an epoch.
+        options: of the run.
+    """
     steps = max(1, samples // options.batch_size) * options.epochs
     total = steps + 1
     if total * _WARM_UP_SHARE == 1:  # of a warm-up of one step torch divides by zero
@@ -271,15 +288,18 @@ def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str,
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _seed_everything(seed: int, epoch: int) -> None:
-    torch.manual_seed(seed * 100_003 + epoch)
-    random.seed(seed * 100_003 + epoch)
-
-
 def epoch_batches(
     dataset: AugmentedChips, options: TrainOptions, device: torch.device, rank: int = 0, world: int = 1
 ) -> "DataLoader[Batch]":
-    """This process's share of each batch of the epoch, in an order drawn from the seed."""
+    """This process's share of each batch of the epoch, in an order drawn from the seed.
+
+    Args:
+        dataset: of the epoch.
+        options: of the run.
+        device: of the network; beside a GPU, cores are free for augmentation.
+        rank: of this process, 0 to world - 1.
+        world: number of processes.
+    """
     size = min(options.batch_size, len(dataset) // world * world)
     generator = torch.Generator().manual_seed(options.seed * 100_003 + dataset.epoch)
     order = torch.randperm(len(dataset), generator=generator)[: len(dataset) // size * size]
@@ -314,6 +334,15 @@ def train_one_epoch(
     epoch: int,
 ) -> float:
     """Takes an optimizer step for each batch.
+
+    Args:
+        replica: the network of `state`, or what shares its gradients among processes.
+        state: changed in place.
+        batches: of the epoch, see `epoch_batches`.
+        targets: of the training split, which the batches give rows of.
+        options: of the run.
+        device: of the network.
+        epoch: counted from 0, for the progress bar.
 
     Returns:
         The mean loss of this process's share.
@@ -360,7 +389,7 @@ def _validate(
 
 @torch.no_grad()
 def predict_logits(network: nn.Module, chips: npt.NDArray[np.uint8], device: torch.device) -> Logits:
-    """Runs the network over (N, S, S, 3) uint8 chips; the logits come back on the CPU in float32."""
+    """Runs the network, in evaluation mode, over (N, S, S, 3) uint8 chips; N logits come back on the CPU in float32."""
     network.eval()
     parts = []
     for start in range(0, len(chips), _EVAL_BATCH):
@@ -375,12 +404,10 @@ def _keep(state: TrainState, curve: list[EpochResult], out_dir: Path) -> None:
     with SummaryWriter(str(out_dir / "tensorboard"), purge_step=row.epoch) as writer:
         for name, value in asdict(row).items():
             writer.add_scalar(name, value, row.epoch)
-    temporary = (out_dir / CURVE).with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
+    with written_whole(out_dir / CURVE) as temporary, temporary.open("w", newline="") as file:
         table = csv.DictWriter(file, list(asdict(row)))
         table.writeheader()
         table.writerows(asdict(each) for each in curve)
-    os.replace(temporary, out_dir / CURVE)
     tqdm.write(
         f"epoch {row.epoch + 1}: loss {row.train_loss:.3f}, validation age MAE {row.val_age_mae_years:.3f} years, "
         f"gender accuracy {row.val_gender_accuracy:.2%}"
@@ -391,17 +418,16 @@ def _keep(state: TrainState, curve: list[EpochResult], out_dir: Path) -> None:
 
 
 def save_whole(value: object, path: Path) -> None:
-    """torch.save beside and a rename, so that a kill leaves the old file or the new one.
+    """torch.save, see `written_whole`.
 
     Raises:
         OSError: it cannot be written.
     """
-    temporary = path.with_suffix(".tmp")
-    try:
-        torch.save(value, temporary)
-    except RuntimeError as error:  # whatever the system says, torch says only where in its own code it was
-        raise OSError(f"{temporary} cannot be written; is the disk full?") from error
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:  # whatever the system says, torch says only where in its own code it was
+            raise OSError(f"{temporary} cannot be written; is the disk full?") from error
 
 
 def load_weights(path: Path) -> dict[str, Any]:

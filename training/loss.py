@@ -14,6 +14,9 @@ __all__ = ["Probs", "Targets", "criterion", "expected_age", "label_targets"]
 # Spread of the label distribution in years: apparent ages of adults are known less exactly than those of infants.
 _SIGMA_AT_BIRTH: Final = 0.8
 _SIGMA_PER_YEAR: Final = 0.045
+
+# Common practice; docs/decisions/training.md compares no other values: an L1 that does not outweigh the distribution
+# (Gao et al. 2018), and label smoothing (Szegedy et al. 2016, who take 0.1 for a thousand classes).
 _L1_WEIGHT: Final = 0.15
 _GENDER_SMOOTHING: Final = 0.02
 
@@ -53,7 +56,12 @@ class Probs(NamedTuple):
 
 
 def label_targets(ages: list[int], genders: list[int]) -> Targets:
-    """Targets from labels: a Gaussian around the age, and a slightly smoothed gender."""
+    """Targets of N chips from their labels: a Gaussian around the age, and a slightly smoothed gender.
+
+    Args:
+        ages: whole years, 0 to 116.
+        genders: 0 male, 1 female.
+    """
     age = torch.tensor(ages, dtype=torch.float32)
     years = torch.arange(AGE_BINS, dtype=torch.float32)
     sigma = (_SIGMA_AT_BIRTH + _SIGMA_PER_YEAR * age)[:, None]
@@ -71,6 +79,9 @@ def criterion(logits: Logits, targets: Targets, *, age_loss: AgeLoss, gender_wei
         age_loss: `distribution` is label distribution learning (Gao et al. 2017), the cross-entropy to the target
             distribution, with a little L1 of the expected age (Gao et al. 2018).
         gender_weight: weight of the gender cross-entropy.
+
+    Returns:
+        A scalar.
     """
     expected = expected_age(logits.age)
     if age_loss == "l1":

@@ -43,6 +43,7 @@ class Scored:
     age: Floats
     age_low: Floats
     age_high: Floats
+    gender: npt.NDArray[np.int64]  # the likelier one, as `Predictor` chooses it
     female_prob: Floats
 
     @classmethod
@@ -55,6 +56,7 @@ class Scored:
             predictions.age.astype(float),
             predictions.age_low.astype(float),
             predictions.age_high.astype(float),
+            predictions.gender_probs.argmax(axis=1),
             predictions.gender_probs[:, 1].astype(float),
         )
 
@@ -78,7 +80,7 @@ class Scored:
     @property
     def gender_right(self) -> npt.NDArray[np.bool_]:
         """Whether the likelier gender is the labelled one."""
-        return (self.female_prob >= 0.5) == (self.gender_true == 1)
+        return self.gender == self.gender_true
 
     @property
     def confidence(self) -> Floats:

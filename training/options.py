@@ -2,17 +2,29 @@
 
 import json
 import os
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from agegender.process import core_count
 from agegender.spec import MAX_MARGIN
 from training.branch import parse_backbones
 
-__all__ = ["OPTIONS", "AgeLoss", "Precision", "TrainOptions", "check_folder", "read_options"]
+__all__ = [
+    "OPTIONS",
+    "AgeLoss",
+    "Precision",
+    "TrainOptions",
+    "check_folder",
+    "read_options",
+    "refuse_repeated",
+]
 
 OPTIONS: Final = "options.json"
 _MAX_SEED: Final = 2**32 - 1
+_THREADS_A_CORE: Final = 4  # more only wait for each other, and torch starts tens of thousands without a word
 
 AgeLoss = Literal["distribution", "l1", "mse"]
 Precision = Literal["int8", "float32"]
@@ -50,7 +62,8 @@ class TrainOptions:
     margin: float = 0.0
     """How far chips reach beyond the face template on each side, as a share of its side."""
     progressive: bool = True
-    """Train the first third of the epochs at 3/4 of size, then up to three quarters of them at 7/8: it is faster."""
+    """Train the first third of the epochs at 3/4 of size, then up to three quarters of them at 7/8, but the last one at
+    full size: it is faster."""
 
     epochs: int = 20
     """Passes over the training split; 0 only calibrates, measures and exports what --checkpoint holds."""
@@ -78,7 +91,7 @@ class TrainOptions:
     balanced_by_gender: bool = False
     """Train on equally many pictures of both genders."""
     max_per_gender: int | None = None
-    """With balanced_by_gender: at most this many pictures of each."""
+    """With --balanced-by-gender: at most this many pictures of each."""
     val_frac: float = 0.1
     """Share of the pictures for choosing the epoch and calibrating."""
     test_frac: float = 0.1
@@ -90,7 +103,7 @@ class TrainOptions:
     """Processes that augment chips while the network trains; by default none where it trains on the cores that they
     would take from it, and up to eight beside a GPU."""
     threads: int | None = None
-    """Threads of the network on a CPU; by default all cores that the process may use."""
+    """Threads of the network on a CPU, up to four a core; by default all cores that the process may use."""
     amp: bool = False
     """Mixed precision in bfloat16."""
     device: str = "auto"
@@ -98,7 +111,7 @@ class TrainOptions:
     workers: int = 1
     """Ray Train workers that share each batch, on as many cores, GPUs or machines."""
     resume: bool = True
-    """Go on behind the last whole epoch found in out_dir; --no-resume starts over."""
+    """Go on behind the last whole epoch found in --out-dir; --no-resume starts over."""
     patience: int | None = None
     """Stop when validation has not improved for this many epochs."""
 
@@ -118,50 +131,52 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         if self.epochs < 0 or (self.epochs == 0 and not self.checkpoint):
-            raise ValueError("epochs must be above 0, or 0 with a checkpoint")
+            raise ValueError("--epochs must be above 0, or 0 with --checkpoint")
         backbones = parse_backbones(self.backbone)
         if self.checkpoint and len(self.checkpoint) not in (1, len(backbones)):
-            raise ValueError(f"checkpoint takes one file, or one for each of {self.backbone.replace('+', ', ')}")
+            raise ValueError(f"--checkpoint takes one file, or one for each of {self.backbone.replace('+', ', ')}")
         for name in ("batch_size", "lr", "size", "workers", "threads", "max_samples", "max_per_gender", "patience"):
             value = getattr(self, name)
             if value is not None and not value > 0:  # which is false of nan too
-                raise ValueError(f"{name} must be above 0, not {value}")
+                raise ValueError(f"{_flag(name)} must be above 0, not {value}")
         for name in ("gender_loss_weight", "weight_decay", "num_workers"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
-                raise ValueError(f"{name} must be 0 or above, not {value}")
+                raise ValueError(f"{_flag(name)} must be 0 or above, not {value}")
         for name in ("dropout", "drop_path", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+                raise ValueError(f"{_flag(name)} must lie between 0 and 1, not {getattr(self, name)}")
+        if self.threads is not None and self.threads > (most := _THREADS_A_CORE * core_count()):
+            raise ValueError(f"--threads must be at most {most}, {_THREADS_A_CORE} a core, not {self.threads}")
         if not 0 <= self.seed <= _MAX_SEED:
-            raise ValueError(f"seed must lie between 0 and {_MAX_SEED}, not {self.seed}")
+            raise ValueError(f"--seed must lie between 0 and {_MAX_SEED}, not {self.seed}")
         if not 0 <= self.margin < MAX_MARGIN:
-            raise ValueError(f"margin must lie between 0 and {MAX_MARGIN}, not {self.margin}")
+            raise ValueError(f"--margin must lie between 0 and {MAX_MARGIN}, not {self.margin}")
         if self.size % 16:
-            raise ValueError(f"size must be a multiple of 16, not {self.size}")
+            raise ValueError(f"--size must be a multiple of 16, not {self.size}")
         if any(name == "face_resnet" and (size or self.size) < 96 for name, size in backbones):
             raise ValueError("face_resnet needs chips of at least 96 pixels")
         if self.batch_size % self.workers:
-            raise ValueError(f"batch_size {self.batch_size} cannot be shared equally by {self.workers} workers")
+            raise ValueError(f"--batch-size {self.batch_size} cannot be shared equally by {self.workers} workers")
         if self.max_per_gender is not None and not self.balanced_by_gender:
-            raise ValueError("max_per_gender goes with balanced_by_gender")
+            raise ValueError("--max-per-gender goes with --balanced-by-gender")
         if self.quantization_aware and self.precision != "int8":
-            raise ValueError("quantization_aware goes with the precision int8")
+            raise ValueError("--quantization-aware goes with --precision int8")
         if self.weights and not any(name == "mobilenet_v1" for name, _ in backbones):
-            raise ValueError("weights goes with the backbone mobilenet_v1")
+            raise ValueError("--weights goes with --backbone mobilenet_v1")
         if self.teacher and self.epochs == 0:
-            raise ValueError("teacher goes with epochs above 0: without one, nothing is taught")
+            raise ValueError("--teacher goes with --epochs above 0: without one, nothing is taught")
         if self.teacher and self.mean:
-            raise ValueError("teacher goes with the age_loss distribution: the others learn no age from it")
-        check_folder("out_dir", self.out_dir)
-        check_folder("cache_dir", self.cache_dir)
+            raise ValueError("--teacher goes with --age-loss distribution: the others learn no age from it")
+        check_folder("--out-dir", self.out_dir)
+        check_folder("--cache-dir", self.cache_dir)
         sources = (*self.teacher, *(path.parent for path in self.checkpoint))
         if self.out_dir.resolve() in [run.resolve() for run in sources]:
-            raise ValueError(f"out_dir {self.out_dir} holds a teacher or checkpoint, which would be overwritten")
+            raise ValueError(f"--out-dir {self.out_dir} holds a teacher or checkpoint, which would be overwritten")
         if not 0 <= self.teacher_weight <= 1:
-            raise ValueError(f"teacher_weight must lie between 0 and 1, not {self.teacher_weight}")
+            raise ValueError(f"--teacher-weight must lie between 0 and 1, not {self.teacher_weight}")
         if not (self.val_frac > 0 and self.test_frac > 0 and self.val_frac + self.test_frac < 1):
-            raise ValueError("val_frac and test_frac must be above 0 and leave something to train on")
+            raise ValueError("--val-frac and --test-frac must be above 0 and leave something to train on")
 
     @property
     def mean(self) -> bool:
@@ -170,14 +185,35 @@ class TrainOptions:
 
     def train_size(self, epoch: int) -> int:
         """Side in pixels of the chips trained on in an epoch (progressive resizing: EfficientNetV2, Tan & Le 2021)."""
-        if not self.progressive or self.epochs == 0:
+        if not self.progressive or epoch >= self.epochs - 1:
             return self.size
         share = epoch / self.epochs
         return self.size * (6 if share < 1 / 3 else 7 if share < 0.75 else 8) // 8
 
 
-def check_folder(name: str, path: Path) -> None:
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def refuse_repeated(arguments: Iterable[str]) -> None:
+    """Finds out whether an option is given twice on a command line: tyro would take the last one without a word.
+
+    Raises:
+        ValueError: one is, in whatever spelling: `--data_dir=A --data-dir B`, `--resume --no-resume`.
+    """
+    flags = (_flag(each[2:].partition("=")[0]) for each in arguments if each.startswith("--"))
+    given = Counter(flag.replace("--no-", "--") for flag in flags)
+    twice = ", ".join(flag for flag, count in given.items() if count > 1)
+    if twice:
+        raise ValueError(f"{twice} is given more than once; give it once, with all of its values behind it")
+
+
+def check_folder(flag: str, path: Path) -> None:
     """Finds out before the work whether a folder can be written to; creates nothing.
+
+    Args:
+        flag: that gave it.
+        path: of the folder.
 
     Raises:
         ValueError: it cannot.
@@ -186,13 +222,13 @@ def check_folder(name: str, path: Path) -> None:
         str(path).encode()
         nearest = next(each for each in (path, *path.absolute().parents) if each.exists() or each.is_symlink())
     except UnicodeEncodeError:
-        raise ValueError(f"{name} {str(path)!r} is no name in UTF-8; give another folder") from None
+        raise ValueError(f"{flag} {str(path)!r} is no name in UTF-8; give another folder") from None
     except OSError as error:
-        raise ValueError(f"{name} {path} cannot be used ({error.strerror}); give another folder") from error
+        raise ValueError(f"{flag} {path} cannot be used ({error.strerror}); give another folder") from error
     if not nearest.is_dir():
-        raise ValueError(f"{name} {path} cannot be made: {nearest} is no directory; give another folder")
+        raise ValueError(f"{flag} {path} cannot be made: {nearest} is no directory; give another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"{name} {path} cannot be written to; give another folder")
+        raise ValueError(f"{flag} {path} cannot be written to; give another folder")
 
 
 def read_options(run_dir: Path) -> dict[str, Any]:

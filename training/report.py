@@ -3,7 +3,6 @@
 import html
 import io
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure as Plot
 
 from agegender import Model
 from training.data import Sample
+from training.files import written_whole
 from training.loop import EpochResult
 from training.metrics import AGE_BANDS, Figure, Scored, confidence_bins
 from training.robustness import Curve
@@ -58,7 +58,18 @@ told to be 25 or older.</p>"""
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """All that a report shows."""
+    """All that a report shows.
+
+    Attributes:
+        model: that was measured.
+        samples: the N pictures that it was measured on.
+        scored: their labels and predictions, in the same order.
+        groups: name -> number of pictures and metrics; "all" is always among them.
+        robustness: corruption -> how the figures change with its level; empty where that was left out.
+        robustness_pictures: how many pictures that was measured on.
+        curve: the epochs of the model's training; empty where they are not known.
+        warning: what must be said of the figures.
+    """
 
     model: Model
     samples: list[Sample]
@@ -71,7 +82,14 @@ class Evaluation:
 
 
 def write_report(result: Evaluation, path: Path) -> Path:
-    """Writes the page; thumbnails are shown from where the data lie and are not copied into it."""
+    """Writes the page; thumbnails are shown from where the data lie and are not copied into it.
+
+    Returns:
+        `path`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     spec = result.model.spec
     parts = [
         f"<p>{len(result.samples)} pictures. Backbone {html.escape(spec.backbone)}, trained on "
@@ -94,10 +112,9 @@ def write_report(result: Evaluation, path: Path) -> Path:
         _worst(result),
     ]
     title = html.escape(f"{spec.name} {spec.version}: evaluation")
-    temporary = path.with_suffix(".tmp")
     page = _PAGE.format(title=title, body="\n".join(parts))
-    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files are any bytes
-    os.replace(temporary, path)
+    with written_whole(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files are any bytes
     return path
 
 

@@ -15,7 +15,7 @@ __all__ = ["CORRUPTIONS", "Curve", "robustness"]
 
 Corruption = Callable[[Pixels, float], Pixels]
 
-# Level -> (age MAE in years, gender accuracy, share of pictures in which a face was found).
+# Level -> (age MAE in years, gender accuracy from 0 to 1, share of pictures in which a face was found).
 Curve = dict[float, tuple[float, float, float]]
 
 
@@ -64,6 +64,9 @@ def robustness(model: Model, samples: Sequence[Sample]) -> dict[str, Curve]:
     """Runs each corruption at each level over the pictures.
 
     Age MAE and gender accuracy are taken over those pictures in which a face was still found.
+
+    Returns:
+        Corruption -> its curve; without a face, age MAE and gender accuracy are nan.
     """
     predictor = Predictor(model, max_faces=1)
     return {

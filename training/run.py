@@ -22,12 +22,13 @@ from agegender.spec import FORMAT_VERSION
 from training.backbones import FOLDED
 from training.branch import join, parse_backbones
 from training.calibrate import COVERAGE, LEAST_TO_COVER, calibrate
-from training.data import Rejected, spread
+from training.data import Rejected, check_data_dir, evenly_chosen
 from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
 from training.deploy import Deployed
-from training.distill import TAUGHT, taught
-from training.evaluate import METRICS, REPORT, evaluate, keep_fonts_in, predict_chips
+from training.distill import TAUGHT, check_teacher, taught
+from training.evaluate import METRICS_FILE, REPORT_FILE, evaluate, keep_fonts_in, predict_chips
 from training.export import check_exportable, export
+from training.files import written_whole
 from training.loop import (
     BEST,
     CURVE,
@@ -71,12 +72,13 @@ def run(options: TrainOptions) -> Path:
         ValueError: options or data that cannot be trained with.
         ModelLoadError: there is no such device.
     """
-    # Ray's workers run in directories of their own.
-    options = dataclasses.replace(options, out_dir=options.out_dir.absolute(), cache_dir=options.cache_dir.absolute())
+    options = _with_absolute_paths(options)
     keep_fonts_in(options.cache_dir)
     if _has_begun(options):
         _check_options(options)
     device = _prepare(options)
+    _check_sources(options)
+    state, network = _checkpoint_state(options), _created_network(options)
     faces = load_faces(options)
     print(_summary(faces), flush=True)
     if len(faces.samples["train"]) < options.workers:
@@ -85,18 +87,12 @@ def run(options: TrainOptions) -> Path:
         )
     if _has_begun(options):
         _check_faces(faces, options)
-    network = _initial_network(options, faces)
+    _initialize(network, state, faces, options)
     _begin(options, faces)
     if options.epochs == 0:
         save_whole(network.state_dict(), options.out_dir / BEST)
     elif options.workers > 1:
-        # Ray reads these when it is imported: nothing is sent anywhere, and nothing listens beyond this machine.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if os.environ.get("RAY_ADDRESS") == "local":  # Ray's word for a private one
-            del os.environ["RAY_ADDRESS"]
-        if "RAY_ADDRESS" not in os.environ:
-            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray keeps one in the home directory
+        _set_up_ray()
         from training.distributed import train_on_workers
 
         train_on_workers(network, faces, _targets(faces, options, device), options)
@@ -104,6 +100,35 @@ def run(options: TrainOptions) -> Path:
         train(network, faces, _targets(faces, options, device), options, device)
     network.load_state_dict(load_weights(options.out_dir / BEST))
     return _finish(network, faces, options)
+
+
+def _with_absolute_paths(options: TrainOptions) -> TrainOptions:
+    """Paths that mean the same in the directories of Ray's workers, and read the same wherever a run is resumed."""
+    return dataclasses.replace(
+        options,
+        out_dir=options.out_dir.absolute(),
+        cache_dir=options.cache_dir.absolute(),
+        weights=options.weights and options.weights.resolve(),
+        checkpoint=tuple(path.parent.resolve() / path.name for path in options.checkpoint),  # splits lie beside a link
+        teacher=tuple(path.resolve() for path in options.teacher),
+    )
+
+
+def _check_sources(options: TrainOptions) -> None:
+    """Finds out before hours of cutting whether what is given to read is there."""
+    check_data_dir(options.data_dir)
+    for run_dir in options.teacher:
+        check_teacher(run_dir)
+
+
+def _set_up_ray() -> None:
+    """For Ray to read when it is imported: nothing is sent anywhere, and nothing listens beyond this machine."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ.get("RAY_ADDRESS") == "local":  # Ray's word for a private one
+        del os.environ["RAY_ADDRESS"]
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray keeps one in the home directory
 
 
 def _has_begun(options: TrainOptions) -> bool:
@@ -148,16 +173,14 @@ def _begin(options: TrainOptions, faces: Faces) -> None:
     """Records what the run trains on and how; what an earlier run left goes, unless this one goes on with it."""
     options.out_dir.mkdir(parents=True, exist_ok=True)
     if not _has_begun(options):
-        for name in (LAST, BEST, CURVE, ARTIFACT, METRICS, REPORT):
+        for name in (LAST, BEST, CURVE, ARTIFACT, METRICS_FILE, REPORT_FILE):
             (options.out_dir / name).unlink(missing_ok=True)
     if not options.resume:
         (options.out_dir / TAUGHT).unlink(missing_ok=True)
     _write_rejected(faces.rejected, options.out_dir / "rejected.csv")
     write_splits(faces, splits_path(options.out_dir / ARTIFACT))
-    path = options.out_dir / OPTIONS
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**_resolved(options), _LABELS: faces.labels_digest()}, indent=1) + "\n")
-    os.replace(temporary, path)
+    with written_whole(options.out_dir / OPTIONS) as temporary:
+        temporary.write_text(json.dumps({**_resolved(options), _LABELS: faces.labels_digest()}, indent=1) + "\n")
 
 
 def _prepare(options: TrainOptions) -> torch.device:
@@ -176,13 +199,14 @@ def _summary(faces: Faces) -> str:
 
 
 def _write_rejected(rejected: Rejected, path: Path) -> None:
-    with path.open("w", newline="", errors="surrogateescape") as file:
+    with written_whole(path) as temporary, temporary.open("w", newline="", errors="surrogateescape") as file:
         table = csv.writer(file)
         table.writerow(("path", "reason"))
         table.writerows((str(name), reason) for name, reason in rejected.reasons.items())
 
 
-def _initial_network(options: TrainOptions, faces: Faces) -> Network:
+def _created_network(options: TrainOptions) -> Network:
+    """The network with its published weights, which can be trained and exported as asked."""
     network = create_network(
         options.backbone,
         pretrained=options.pretrained and not options.checkpoint,
@@ -191,10 +215,12 @@ def _initial_network(options: TrainOptions, faces: Faces) -> Network:
         weights=options.weights,
     )
     check_exportable(network, options)
-    state = _checkpoint_state(options)
+    return network
+
+
+def _initialize(network: Network, state: dict[str, Any] | None, faces: Faces, options: TrainOptions) -> None:
+    """Gives the network the checkpoint's state, or published weights statistics of the faces; rounds it if asked."""
     rounded = state is not None and is_rounded(state)
-    if rounded and options.precision != "int8":
-        raise ValueError(f"{_names(options.checkpoint)}: trained in 8 bits; leave out --precision float32")
     if rounded:
         round_to_eight_bits(network, _sample(faces, options))
     if state is not None:
@@ -203,7 +229,6 @@ def _initial_network(options: TrainOptions, faces: Faces) -> Network:
         standardize(network, _sample(faces, options))
     if options.quantization_aware and not rounded:
         round_to_eight_bits(network, _sample(faces, options))
-    return network
 
 
 def _checkpoint_state(options: TrainOptions) -> dict[str, Any] | None:
@@ -212,10 +237,20 @@ def _checkpoint_state(options: TrainOptions) -> dict[str, Any] | None:
     try:
         if options.epochs == 0:
             _check_age_loss(options)
-        states = [load_weights(path) for path in options.checkpoint]
-        return join(states) if len(states) > 1 else states[0]
+        states = [_read_weights(path) for path in options.checkpoint]
+        state = join(states) if len(states) > 1 else states[0]
     except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{_names(options.checkpoint)}: no weights of a training ({error})") from error
+    if is_rounded(state) and options.precision != "int8":
+        raise ValueError(f"{_names(options.checkpoint)}: trained in 8 bits; leave out --precision float32")
+    return state
+
+
+def _read_weights(path: Path) -> dict[str, Any]:
+    state = load_weights(path)
+    if "curve" in state:
+        raise ValueError(f"{path} is the state that a run is resumed from; give {BEST} beside it")
+    return state
 
 
 def _check_age_loss(options: TrainOptions) -> None:
@@ -242,7 +277,7 @@ def _names(paths: tuple[Path, ...]) -> str:
 
 def _sample(faces: Faces, options: TrainOptions) -> Tensor:
     """(N, 3, S, S) uint8 chips of the training split at the network's size, for statistics of activations."""
-    chips = faces.train_chips.read(spread(faces.samples["train"], _STATISTICS))
+    chips = faces.train_chips.read(evenly_chosen(faces.samples["train"], _STATISTICS))
     sized = [cv2.resize(chip, (options.size, options.size), interpolation=cv2.INTER_AREA) for chip in chips]
     return torch.from_numpy(np.stack(sized)).permute(0, 3, 1, 2)
 
