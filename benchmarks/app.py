@@ -1,9 +1,10 @@
-"""What the app costs: from giving a photograph to its cards, and the page of a large output.
+"""How long the app takes: from an uploaded photograph to its result, and for the page of a large batch output.
 
 `python -m benchmarks.app` starts the app and a headless Chromium. Uploads are photographs of one megapixel, each with
 other pixels, one after the other in one session; what is measured is the time from the moment in which the browser has
-the file to the moment in which it shows the face's age. The output has a row for each image of made-up values in ten
-files; its page is measured in the browser from a cold start, and what its reader does for itself.
+the file to the moment in which it shows the face's age. The output has ten files of made-up values, a row for each
+image; its page is measured in the browser from a cold start (`page`), and so is the code that reads it, without a
+browser (`reader`).
 """
 
 import argparse
@@ -27,7 +28,7 @@ from playwright.sync_api import Browser, Page
 from agegender.records import arrow_schema
 from app.scores import INTERVAL_WIDTH, Scores, Selection
 from batch.samples import package_file
-from benchmarks.calls import in_a_sentence, positive
+from benchmarks.command_line import errors_without_traceback, make_parser, positive
 from benchmarks.outputs import add_output_options, write_outputs
 from tests.browsing import chromium, open_page, running_app, settle, upload
 
@@ -46,7 +47,7 @@ class Measurement:
     seconds: float
 
 
-@in_a_sentence("app")
+@errors_without_traceback("app")
 def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory() as folder, running_app(Path(folder) / "app.log") as app, chromium() as browser:
@@ -70,9 +71,9 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--uploads", type=positive, default=20, help="photographs to give (default %(default)s)")
-    parser.add_argument("--rows", type=positive, default=1_000_000, help="rows of the output (default %(default)s)")
+    parser = make_parser("app", __doc__)
+    parser.add_argument("--uploads", type=positive, default=20, help="photographs to give")
+    parser.add_argument("--rows", type=positive, default=1_000_000, help="rows of the output")
     add_output_options(parser)
     return parser.parse_args()
 

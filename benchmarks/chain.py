@@ -1,8 +1,8 @@
 """Where the time of one image goes: decode, detect, cut, predict, in one process with one thread.
 
 `python -m benchmarks.chain` takes chips of 200 x 200 pixels, as they are (`whole`) and with the detector (`detect`),
-and photographs of 1 and 12 megapixels. Each round asks for some images alone, as a server is asked, and then streams
-images, so that the network's batches are full. Figures are medians over the rounds, of wall time.
+and photographs of 1 and 12 megapixels. Each round predicts some images one at a time, as a server does, and
+then a stream of images, so that the network's batches are full. Figures are medians over the rounds, of wall time.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Final
 
 from agegender import Item, Predictor
+from agegender.predictor import STAGES
 from agegender.process import keep_freed_memory
 from agegender.result import FacesMode
 from agegender.spec import DEFAULT_MODEL
-from benchmarks.calls import in_a_sentence, positive
+from benchmarks.command_line import duration, errors_without_traceback, make_parser, positive
 from benchmarks.images import PHOTOGRAPHS, add_image_options, make_images
 from benchmarks.outputs import add_output_options, write_outputs
 
 WORKLOADS: Final = ("whole", "detect", *PHOTOGRAPHS)
-STAGES: Final = ("decode", "detect", "cut", "predict")
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Measurement:
     alone_ms: float
 
 
-@in_a_sentence("chain")
+@errors_without_traceback("chain")
 def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="bench-chain-") as name:
@@ -72,12 +72,12 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--rounds", type=positive, default=3)
-    parser.add_argument("--seconds", type=float, default=10, help="per workload and round, for the stream (default 10)")
-    parser.add_argument("--limit", type=positive, default=500, help="at most so many different images (default 500)")
-    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser = make_parser("chain", __doc__)
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="kinds of images")
+    parser.add_argument("--rounds", type=positive, default=3, help="of all workloads")
+    parser.add_argument("--seconds", type=duration, default=10, help="per workload and round, for the stream")
+    parser.add_argument("--limit", type=positive, default=500, help="at most so many different images")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="the artifact")
     add_image_options(parser)
     add_output_options(parser)
     return parser.parse_args()

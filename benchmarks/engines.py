@@ -1,9 +1,9 @@
-"""What the choice of the library for 8-bit arithmetic gives: `python -m benchmarks.engines [MODEL...]`.
+"""How much faster 8-bit arithmetic is with the engine that we choose for torch: `python -m benchmarks.engines`.
 
-Loads each artifact as `agegender.Model` does and as torch would by itself, and lets the two take turns on one core.
+Loads each artifact with that engine, as `agegender.Model` does, and with the one that torch takes by itself, and lets
+the two take turns on one core.
 """
 
-import argparse
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +19,7 @@ from agegender.image import Pixels
 from agegender.predictor import DEFAULT_BATCH_SIZE
 from agegender.process import keep_freed_memory
 from agegender.spec import DEFAULT_MODEL
-from benchmarks.calls import in_a_sentence
+from benchmarks.command_line import errors_without_traceback, make_parser
 
 __all__ = ["main"]
 
@@ -27,15 +27,16 @@ _WARM_UP: Final = 5
 _ROUNDS: Final = 60
 
 
-@in_a_sentence("engines")
+@errors_without_traceback("engines")
 def main() -> int:
-    """Prints chips/s of both, and their ratio."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=(__doc__ or "").splitlines()[0])
+    """Prints chips/s of both, and ours over torch's own."""
+    parser = make_parser("engines", __doc__)
     parser.add_argument("models", nargs="*", type=Path, default=[DEFAULT_MODEL], metavar="MODEL", help="artifacts")
+    models = parser.parse_args().models
     keep_freed_memory()
     torch.set_num_threads(1)
     print(f"processor: {torch.backends.cpu.get_cpu_capability()}")
-    for path in parser.parse_args().models:
+    for path in models:
         ours, default = _rates(path)
         print(f"{path}: {ours:.0f} chips/s, torch's own choice {default:.0f}, ratio {ours / default:.2f}")
     return 0

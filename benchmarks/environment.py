@@ -1,4 +1,4 @@
-"""Throwaway environments, for what is compared with the project and is no part of it."""
+"""Throwaway environments for packages that the project is compared with, and does not need."""
 
 import subprocess
 import sysconfig

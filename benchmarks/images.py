@@ -7,7 +7,9 @@ from typing import Final, NamedTuple
 import numpy as np
 from PIL import Image
 
-from batch.samples import write_samples
+from batch.samples import package_file, write_samples
+
+__all__ = ["PHOTOGRAPHS", "Images", "add_image_options", "add_photos_option", "make_images", "sample_face"]
 
 PHOTOGRAPHS: Final = {"1 MP": (1155, 866), "12 MP": (4000, 3000)}
 
@@ -52,6 +54,12 @@ def make_images(workload: str, data_dir: Path | None, photos_dir: Path | None, f
     return Images(paths, f"{len(paths):,} files of {data_dir.resolve().name}")
 
 
+def sample_face() -> Image.Image:
+    """The face of a public-domain photograph, 300 x 300 pixels."""
+    portrait = Image.open(package_file("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"))
+    return portrait.convert("RGB").crop((106, 30, 406, 330))
+
+
 def _found(folder: Path) -> list[Path]:
     if paths := sorted(path.resolve() for path in folder.glob("*.jpg")):
         return paths
@@ -65,7 +73,7 @@ def _samples(folder: Path) -> list[Path]:
 
 def _chips(folder: Path) -> list[Path]:
     """Variants of one face, where no data set is there."""
-    face = Image.open(_samples(folder)[1]).convert("RGB").crop((106, 30, 406, 330))
+    face = sample_face()
     (folder / "chips").mkdir(exist_ok=True)
     paths = [folder / "chips" / f"{number:03}.jpg" for number in range(100)]
     for number, path in enumerate(paths):
@@ -74,7 +82,7 @@ def _chips(folder: Path) -> list[Path]:
 
 
 def _photographs(sources: list[Path], size: tuple[int, int], folder: Path) -> list[Path]:
-    """Each enlarged to a size, with noise as a sensor has, so that its file is about as large as a camera's."""
+    """Each at one size, with noise as of a sensor, so that its file is about as large as a camera's."""
     folder.mkdir(exist_ok=True)
     noise = np.random.default_rng(0)
     paths = []

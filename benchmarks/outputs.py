@@ -1,4 +1,4 @@
-"""What every benchmark leaves: its tables in Markdown, and each of its figures in JSON."""
+"""What every benchmark writes: its tables in Markdown, and each of its figures in JSON."""
 
 import argparse
 import json

