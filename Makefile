@@ -26,16 +26,18 @@ override CPU := $(if $(filter-out 0 no,$(CPU)),1)
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
-		while IFS="$$(printf '\t')" read -r target text; do printf '  make %-10s %s\n' "$$target" "$$text"; done
+		while IFS="$$(printf '\t')" read -r target text; do printf '  make %-11s %s\n' "$$target" "$$text"; done
 
 setup: $(READY) ## Install the locked packages into .venv (other targets do it when needed); CPU=1 leaves CUDA out, CPU=0 does not
 
-ifneq ($(CPU),$(CHOSEN))
+# What is installed is told by content, since another branch gives the same files new times.
+INSTALLED := $(shell cat requirements.txt pyproject.toml | cmp -s - $(READY) && echo yes)
+ifneq ($(CPU) $(INSTALLED),$(CHOSEN) yes)
 $(READY): anew
 anew:
 endif
 
-$(READY): requirements.txt pyproject.toml
+$(READY):
 	@rm -f $@
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "agegender needs Python 3.10 or newer; try make PYTHON=python3.12")'
 	$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv "$(or $(realpath $(VENV)),$(VENV))"
@@ -45,7 +47,7 @@ $(READY): requirements.txt pyproject.toml
 	@test -z "$(CPU)" || ! test -d $(VENV)/lib/python3.*/site-packages/nvidia || \
 		echo 'make setup: CUDA came along: no index has torch without it; see README.md, Without CUDA' >&2
 	@java=$$($(BIN)/python -m handler java) && ln -sf "$$java" $(BIN)/java
-	@touch $@
+	@cat requirements.txt pyproject.toml > $@
 
 app: $(READY) examples/photos ## Open the app in a browser: OUT=DIR (by default as for report) MODEL=FILE
 	@test -f "$$MODEL" || { printf 'make app: there is no model %s; train one with `make train`\n' "$$MODEL" >&2; exit 2; }
@@ -71,13 +73,13 @@ evaluate: $(READY) ## Measure a model on labelled faces: DATA=DIR MODEL=FILE
 	@$(BIN)/python -m training.evaluate --data-dir "$$DATA" --model "$$MODEL" $(ARGS)
 
 archive: $(READY) ## Build the model archive that TorchServe loads: MODEL=FILE
-	@$(BIN)/python -m handler archive --model "$$MODEL"
+	@$(BIN)/python -m handler archive --model "$$MODEL" $(ARGS)
 
 serve: $(READY) ## Start the server; returns when it answers predictions: MODEL=FILE
-	@$(BIN)/python -m handler start --model "$$MODEL"
+	@$(BIN)/python -m handler start --model "$$MODEL" $(ARGS)
 
 stop: $(READY) ## Let running requests finish, then stop the server
-	@$(BIN)/python -m handler stop
+	@$(BIN)/python -m handler stop $(ARGS)
 
 stubs: $(READY) ## Build the Python stubs of the gRPC API into build/grpc
 	@$(BIN)/python -m handler stubs
