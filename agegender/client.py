@@ -6,6 +6,7 @@ Images go one per request, as they are: the server collects what arrives togethe
 import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -234,13 +235,11 @@ def _address(server: str) -> str:
         raise ValueError(f"the server's address must begin with http:// or https://, not {server!r}")
     if "@" in server.split("/")[2]:  # which errors would show
         raise ValueError("the server's address may hold no user and password; the token is a key or in a key file")
-    try:
+    with suppress(urllib3.exceptions.LocationParseError):
         url = urllib3.util.parse_url(server)
-    except urllib3.exceptions.LocationParseError as error:
-        raise ValueError(f"{server!r} is no address of a server; it should be like {DEFAULT_SERVER}") from error
-    if not url.host or url.query is not None or url.fragment is not None:
-        raise ValueError(f"{server!r} is no address of a server; it should be like {DEFAULT_SERVER}")
-    return server.rstrip("/")
+        if url.host and url.query is None and url.fragment is None:
+            return server.rstrip("/")
+    raise ValueError(f"{server!r} is no address of a server; it should be like {DEFAULT_SERVER}")
 
 
 def _why_no_key(error: Exception) -> str:

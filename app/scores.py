@@ -14,6 +14,7 @@ from agegender.records import arrow_schema
 from batch.errors import OutputError, first_line
 from batch.location import normalize
 from batch.output import Output
+from batch.summary import GOOD, is_input, value_counts
 
 __all__ = ["INTERVAL_WIDTH", "SORTABLE", "Scores", "Selection", "read_summary"]
 
@@ -84,14 +85,15 @@ class Scores:
     @property
     def statuses(self) -> dict[str, int]:
         """Inputs by status, the most frequent first."""
-        return _counts(self._of_inputs("status"))
+        counts = value_counts(self._of_inputs("status"))
+        return dict(sorted(counts.items(), key=lambda pair: -pair[1]))
 
     @property
     def faces_per_image(self) -> dict[int, int]:
         """Inputs that were looked at, by their number of faces."""
-        looked_at = pc.is_in(self._narrow["status"], pa.array(["ok", "no_face"]))
-        faces = self._narrow["faces"].filter(pc.and_(self._is_input(), looked_at))
-        return dict(sorted(_counts(faces).items()))
+        looked_at = pc.is_in(self._narrow["status"], pa.array(GOOD))
+        faces = self._narrow["faces"].filter(pc.and_(is_input(self._narrow["face"]), looked_at))
+        return dict(sorted(value_counts(faces).items()))
 
     @property
     def genders(self) -> list[str]:
@@ -167,12 +169,8 @@ class Scores:
     def _interval_width(self) -> pa.ChunkedArray:
         return pc.subtract(self._narrow["age_high"], self._narrow["age_low"])
 
-    def _is_input(self) -> pa.ChunkedArray:
-        """Marks one row of each input."""
-        return pc.fill_null(pc.equal(self._narrow["face"], 0), True)
-
     def _of_inputs(self, name: str) -> pa.ChunkedArray:
-        return self._narrow[name].filter(self._is_input())
+        return self._narrow[name].filter(is_input(self._narrow["face"]))
 
 
 def read_summary(name: str) -> dict[str, Any]:
@@ -266,11 +264,6 @@ def _read(output: Output, dataset: ds.Dataset, columns: list[str]) -> pa.Table:
 def _unreadable(output: Output, error: Exception) -> OutputError:
     kind = "Parquet that this account may not read" if isinstance(error, PermissionError) else "a damaged Parquet file"
     return OutputError(f"{output.name} holds {kind}: {first_line(error)}")
-
-
-def _counts(column: pa.ChunkedArray) -> dict[Any, int]:
-    counts = ((row["values"], row["counts"]) for row in column.value_counts().to_pylist())
-    return dict(sorted(counts, key=lambda pair: -pair[1]))
 
 
 def _values(column: pa.ChunkedArray) -> npt.NDArray[np.float32]:

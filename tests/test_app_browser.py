@@ -56,6 +56,15 @@ def out_of(directory: Path, results: list[ImageResult]) -> Path:
     return directory
 
 
+def open_results(browser: "Browser", app: App, out: Path, *, rows: int) -> "Page":
+    """The results page with an output of as many rows."""
+    page = open_page(browser, f"{app.address}/results")
+    page.get_by_role("textbox", name="Output directory").fill(str(out))
+    page.keyboard.press("Enter")
+    page.get_by_text(f"{rows} filtered of {rows} rows").wait_for()
+    return page
+
+
 def assert_cards(page: "Page", result: ImageResult) -> None:
     """The page shows each face's numbers, as people read them."""
     main = page.get_by_test_id("stMain")
@@ -213,10 +222,7 @@ def test_a_charts_own_buttons_cover_no_choice(
     app: App, browser: "Browser", predictor: Predictor, group_jpeg: bytes, tmp_path: Path
 ) -> None:
     out = out_of(tmp_path / "out", predictor.predict([Item(group_jpeg, "group.jpg")]))
-    page = open_page(browser, f"{app.address}/results")
-    page.get_by_role("textbox", name="Output directory").fill(str(out))
-    page.keyboard.press("Enter")
-    page.get_by_text("2 filtered of 2 rows").wait_for()
+    page = open_results(browser, app, out, rows=2)
     settle(page)
     page.get_by_test_id("stVegaLiteChart").first.hover()
     buttons = page.get_by_test_id("stElementToolbarButtonContainer").first.bounding_box()
@@ -229,10 +235,7 @@ def test_a_charts_own_buttons_cover_no_choice(
 def test_filters_outlive_a_look_at_the_other_page(app: App, browser: "Browser", tmp_path: Path) -> None:
     failed = [ImageResult(name, "unreadable", "damaged") for name in ("a.jpg", "b.jpg")]
     out = out_of(tmp_path / "out", [*failed, ImageResult("c.png", "no_face", None, 9, 9)])
-    page = open_page(browser, f"{app.address}/results")
-    page.get_by_role("textbox", name="Output directory").fill(str(out))
-    page.keyboard.press("Enter")
-    page.get_by_text("3 filtered of 3 rows").wait_for()
+    page = open_results(browser, app, out, rows=3)
     page.get_by_role("textbox", name="Path contains").fill(".jpg")
     page.keyboard.press("Enter")
     page.get_by_text("2 filtered of 3 rows").wait_for()
@@ -248,10 +251,7 @@ def test_rows_stay_chosen_while_another_page_of_the_table_is_shown(
     app: App, browser: "Browser", tmp_path: Path
 ) -> None:
     out = out_of(tmp_path / "out", [ImageResult(f"{number}.jpg", "unreadable", "damaged") for number in range(101)])
-    page = open_page(browser, f"{app.address}/results")
-    page.get_by_role("textbox", name="Output directory").fill(str(out))
-    page.keyboard.press("Enter")
-    page.get_by_text("101 filtered of 101 rows").wait_for()
+    page = open_results(browser, app, out, rows=101)
     settle(page)
     choose_row(page, 1)
     page.get_by_text("1 chosen of 101 rows").wait_for()
@@ -301,10 +301,7 @@ def test_charts_side_by_side_have_plots_of_one_height(
     app: App, browser: "Browser", predictor: Predictor, group_jpeg: bytes, tmp_path: Path
 ) -> None:
     out = out_of(tmp_path / "out", predictor.predict([Item(group_jpeg, "group.jpg")]))
-    page = open_page(browser, f"{app.address}/results")
-    page.get_by_role("textbox", name="Output directory").fill(str(out))
-    page.keyboard.press("Enter")
-    page.get_by_text("2 filtered of 2 rows").wait_for()
+    page = open_results(browser, app, out, rows=2)
     settle(page)
     plots = page.locator("[data-testid=stVegaLiteChart] g.role-frame.root > g > path.background").all()
     heights = [box["height"] for plot in plots[:2] if (box := plot.bounding_box())]
@@ -316,10 +313,7 @@ def test_a_download_of_rows_that_are_gone_is_told_of(
 ) -> None:
     out = out_of(tmp_path / "out", predictor.predict([Item(group_jpeg, "group.jpg")]))
     with running_app(tmp_path / "app.log") as app:  # of its own: Streamlit logs what has failed
-        page = open_page(browser, f"{app.address}/results")
-        page.get_by_role("textbox", name="Output directory").fill(str(out))
-        page.keyboard.press("Enter")
-        page.get_by_text("2 filtered of 2 rows").wait_for()
+        page = open_results(browser, app, out, rows=2)
         shutil.rmtree(out)
         page.get_by_test_id("stMain").get_by_role("button", name="CSV", exact=True).click()
         alerts(page).get_by_text("does not exist").wait_for()
