@@ -9,7 +9,15 @@ from PIL import Image
 
 from batch.samples import package_file, write_samples
 
-__all__ = ["PHOTOGRAPHS", "Images", "add_image_options", "add_photos_option", "make_images", "sample_face"]
+__all__ = [
+    "PHOTOGRAPHS",
+    "Images",
+    "add_data_option",
+    "add_image_options",
+    "add_photos_option",
+    "make_images",
+    "sample_face",
+]
 
 PHOTOGRAPHS: Final = {"1 MP": (1155, 866), "12 MP": (4000, 3000)}
 
@@ -21,6 +29,11 @@ class Images(NamedTuple):
     description: str
 
 
+def add_data_option(parser: argparse.ArgumentParser) -> None:
+    """Adds `--data-dir`."""
+    parser.add_argument("--data-dir", type=Path, help="JPEG chips of aligned faces (default: variants of a sample)")
+
+
 def add_photos_option(parser: argparse.ArgumentParser) -> None:
     """Adds `--photos-dir`."""
     parser.add_argument("--photos-dir", type=Path, help="JPEG photographs (default: two samples)")
@@ -28,7 +41,7 @@ def add_photos_option(parser: argparse.ArgumentParser) -> None:
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Adds `--data-dir` and `--photos-dir`."""
-    parser.add_argument("--data-dir", type=Path, help="JPEG chips of aligned faces (default: variants of a sample)")
+    add_data_option(parser)
     add_photos_option(parser)
 
 

@@ -572,14 +572,24 @@ def test_engines_compare_ours_with_what_torch_takes_by_itself(monkeypatch: pytes
     from agegender import model
 
     class Model:
-        spec = SimpleNamespace(chip_size_px=8)
+        spec = SimpleNamespace(chip_size_px=8, chip_margin=0.0)
 
         def __init__(self, *_: object, **__: object) -> None:
             self.seconds = 4.0 if model._fastest_engine is contextlib.nullcontext else 1.0
 
     monkeypatch.setattr(engines, "Model", Model)
     monkeypatch.setattr(engines, "_seconds", lambda own, _: own.seconds)
-    assert engines._rates(Path("m.pt")) == (engines.DEFAULT_BATCH_SIZE, engines.DEFAULT_BATCH_SIZE / 4)
+    faces = [np.zeros((9, 9, 3), np.uint8)] * engines.DEFAULT_BATCH_SIZE
+    assert engines._rates(Path("m.pt"), faces) == (engines.DEFAULT_BATCH_SIZE, engines.DEFAULT_BATCH_SIZE / 4)
+
+
+def test_engines_take_faces_from_all_of_a_folder_in_whole_batches() -> None:
+    names = [Path(f"{number:05}.jpg") for number in range(21_317)]
+    spread = engines._spread(names)
+    assert len(spread) == 1600
+    assert spread[0] == names[0]
+    assert spread[-1] > names[20_000]
+    assert len(engines._spread(names[:100])) == 96
 
 
 def test_the_first_upload_is_not_among_the_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:

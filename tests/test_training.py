@@ -61,7 +61,7 @@ from training.data import (
     split_samples,
 )
 from training.dataset import ARTIFACT, Faces, Splits, load_faces, read_splits, splits_path, write_splits
-from training.deploy import Deployed
+from training.deploy import Deployed, TwoLooks
 from training.distill import average, taught, teacher_probs
 from training.evaluate import EvaluateOptions
 from training.evaluate import run as evaluation
@@ -622,7 +622,7 @@ def test_a_run_is_calibrated_on_validation_and_measured_on_test(
         monkeypatch.setattr(training.run, name, mock)
     faces = load_faces(options)
     options.out_dir.mkdir()
-    training.run._finish(_Tiny(), faces, replace(options, precision="float32"))  # type: ignore[arg-type]
+    training.run._finish(_Tiny(), faces, replace(options, precision="float32"), None)  # type: ignore[arg-type]
     _, *labels = mocks["calibrate"].call_args.args
     assert tuple(each.tolist() for each in labels) == _labels(faces.samples["val"])
     for mock in (mocks["predict_chips"], evaluated):
@@ -977,6 +977,41 @@ def test_an_artifact_averages_age_and_gender_with_the_mirror_image() -> None:
         torch.testing.assert_close(found, (one + other) / 2)
 
 
+class _Sure(nn.Module):
+    """Sure of the gender of chips that are lit on their left half alone, in proportion to the light."""
+
+    def forward(self, chips: torch.Tensor) -> Logits:
+        light = chips[:, 0, 0, 0].float()
+        return Logits(torch.zeros(len(chips), AGE_BINS), torch.stack((light / 50, -light / 50), dim=1))
+
+
+class _Other(nn.Module):
+    """Tells the other gender, and how light each chip is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[list[int]] = []
+
+    def forward(self, chips: torch.Tensor) -> Logits:
+        light = chips[:, 0, 0, 0]
+        self.asked.append(light.tolist())
+        return Logits(light.float()[:, None].repeat(1, AGE_BINS), torch.tensor([[-9.0, 9.0]]).repeat(len(chips), 1))
+
+
+def test_another_network_answers_where_the_first_is_not_sure_and_nowhere_else() -> None:
+    light = [200, 30, 0, 255, 40]  # 30 / 50 - -30 / 50: a probability of 0.77
+    chips = torch.tensor(light, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 8, 8)
+    first, second = _Sure(), _Other()
+    network = TwoLooks(first, second, below=0.8)  # type: ignore[arg-type]
+    age, gender = network(chips)
+    assert second.asked == [[30, 0]]
+    assert age[:, 0].tolist() == [0, 30, 0, 0, 0]
+    assert gender.argmax(dim=1).tolist() == [0, 1, 1, 0, 0]
+    assert torch.equal(gender[[0, 3, 4]], first(chips).gender[[0, 3, 4]])
+    network(chips[[0, 3]])
+    assert len(second.asked) == 1
+
+
 @pytest.fixture
 def teacher(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run whose network is `_LeftAndTop`, on chips of a margin."""
@@ -1027,11 +1062,12 @@ def test_teachers_are_averaged() -> None:
     assert all((each == 0.5).all() for each in average([low, high]))
 
 
-@pytest.mark.parametrize("source", ["teacher", "checkpoint"])
+@pytest.mark.parametrize("source", ["teacher", "checkpoint", "second_look"])
 def test_a_network_is_not_judged_by_what_it_inherits(source: str, options: TrainOptions, tmp_path: Path) -> None:
     faces = load_faces(options)
     write_splits(faces, splits_path(tmp_path / ARTIFACT))
-    heir = replace(options, seed=1, **{source: (tmp_path / BEST if source == "checkpoint" else tmp_path,)})
+    given: Any = {"teacher": (tmp_path,), "checkpoint": (tmp_path / BEST,), "second_look": tmp_path}[source]
+    heir = replace(options, seed=1, **{source: given})
     own, left = load_faces(replace(options, seed=1)), load_faces(heir)
     known = {sample.digest for sample in faces.samples["train"]}
     chosen_by = {sample.digest for sample in faces.samples["val"]}
@@ -1039,7 +1075,7 @@ def test_a_network_is_not_judged_by_what_it_inherits(source: str, options: Train
     assert chosen_by & {sample.digest for sample in own.samples["test"]}
     assert not chosen_by & {sample.digest for sample in left.samples["test"]}
     assert not known & {sample.digest for side in ("val", "test") for sample in left.samples[side]}  # type: ignore[index]
-    assert "a teacher or checkpoint has seen it" in left.rejected.counts()
+    assert "an earlier run that this one builds on has seen it" in left.rejected.counts()
     path = splits_path(tmp_path / "heir" / ARTIFACT)
     path.parent.mkdir()
     write_splits(left, path)
@@ -1434,6 +1470,43 @@ def test_a_network_trained_in_8_bits_is_exported_as_it_was_trained(options: Trai
         run(replace(lite, teacher=(tmp_path / "aware",), out_dir=tmp_path / "pupil"))
 
 
+def test_an_artifact_looks_twice(options: TrainOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quick = replace(options, backbone="resnet18", pretrained=False, size=64, epochs=1, mirror=False)
+    second = replace(quick, backbone="efficientnet_lite0+resnet18@32", size=48, mirror=True, quantization_aware=True)
+    run(replace(second, out_dir=tmp_path / "second"))
+    alone, never, always = (tmp_path / name for name in ("alone", "never", "always"))
+    run(replace(quick, out_dir=alone))
+    again = replace(quick, checkpoint=(alone / BEST,), epochs=0, second_look=tmp_path / "second")
+    capsys.readouterr()
+    run(replace(again, out_dir=never, second_look_below=0.500001))
+    assert "second look: 0.0% of the validation faces" in capsys.readouterr().out
+    path = run(replace(again, out_dir=always, second_look_below=1.0))
+    assert "second look: 100.0% of the validation faces" in capsys.readouterr().out
+    models = {name: Model(tmp_path / name / ARTIFACT, device="cpu") for name in ("alone", "never", "always", "second")}
+    assert models["always"].spec.backbone == "resnet18, then efficientnet_lite0@48+resnet18@32"
+    assert str(tmp_path) not in models["always"].spec.to_json()
+    chips = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
+    found = {name: model.predict(chips) for name, model in models.items() if name != "second"}
+    assert np.array_equal(found["alone"].age, found["never"].age)
+    assert not np.array_equal(found["alone"].age, found["always"].age)
+    one_by_one = [models["always"].predict(chip[None]).age[0] for chip in chips]
+    assert np.allclose(one_by_one, found["always"].age, atol=1e-4)
+    assert path.stat().st_size < 30e6  # kernels of 12, 4 and 12 million bytes, once
+
+    for changes, message in (
+        ({"second_look": tmp_path}, "the second look .* is not the folder of a run: no .*options.json"),
+        ({"second_look": always}, "looks twice itself; give a run without --second-look"),
+        ({"margin": 0.5}, "was trained with --margin 0.0; give it here too"),
+        ({"precision": "float32"}, "was trained in 8 bits; leave out --precision float32"),
+        ({"age_loss": "l1"}, "was trained with --age-loss distribution, which predicts otherwise"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(replace(again, out_dir=tmp_path / "refused", checkpoint=(), epochs=1, **changes))
+    shutil.copy(alone / BEST, tmp_path / "second" / BEST)
+    with pytest.raises(ValueError, match=r"second look .* holds weights of another backbone than its options\.json"):
+        run(replace(again, out_dir=tmp_path / "refused"))
+
+
 @pytest.mark.parametrize(("name", "tolerance"), [("efficientnet_lite0", 0.7), ("face_resnet", 0.15)])
 def test_integers_compute_what_rounding_foretells(name: str, tolerance: float, lfw_faces: np.ndarray) -> None:
     network = create_network(name, pretrained=True, dropout=0.0, drop_path=0.0).eval()
@@ -1588,8 +1661,11 @@ def test_wrong_calls_end_in_one_line(arguments: list[str], message: str, tmp_pat
         ({"ema_decay": 1.5}, "--ema-decay must lie between 0 and 1"),
         ({"drop_path": 1.5}, "--drop-path must lie between 0 and 1"),
         ({"margin": -0.1}, "--margin must lie between 0 and 10"),
-        ({"teacher": (Path("run"),), "out_dir": Path("run")}, "holds a teacher or checkpoint"),
-        ({"checkpoint": (Path("run/best.pt"),), "out_dir": Path("x/../run")}, "holds a teacher or checkpoint"),
+        ({"teacher": (Path("run"),), "out_dir": Path("run")}, "holds a teacher, checkpoint or"),
+        ({"checkpoint": (Path("run/best.pt"),), "out_dir": Path("x/../run")}, "holds a teacher, checkpoint or"),
+        ({"second_look": Path("run"), "out_dir": Path("run")}, "holds a teacher, checkpoint or"),
+        ({"second_look_below": 0.5}, "--second-look-below must lie above 0.5 and up to 1, not 0.5"),
+        ({"second_look_below": math.nan}, "--second-look-below must lie above 0.5"),
         ({"teacher": (Path("run"),), "age_loss": "mse"}, "--teacher goes with --age-loss distribution"),
     ],
 )
@@ -1656,7 +1732,7 @@ def test_other_files_than_weights_are_a_clear_error(content: bytes, tmp_path: Pa
             load_weights(tmp_path / name)
 
 
-@pytest.mark.parametrize("source", ["teacher", "checkpoint"])
+@pytest.mark.parametrize("source", ["teacher", "checkpoint", "second_look"])
 def test_sources_without_weights_are_a_clear_error(source: str, options: TrainOptions, tmp_path: Path) -> None:
     (tmp_path / BEST).write_bytes(b"")
     (tmp_path / "options.json").write_text("{}")

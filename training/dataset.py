@@ -32,8 +32,8 @@ class Faces:
         train_chips: a quarter larger than the network's chips, so that augmentation has something to cut from.
         chips: of the validation and test splits, cut as in inference.
         rejected: what was left out.
-        trained_on: first digits of the SHA-256 of every picture that must not be tested on: what teachers and
-            checkpoints trained or validated on, near-duplicates of those, and the training split before balancing.
+        trained_on: first digits of the SHA-256 of every picture that must not be tested on: what earlier runs trained
+            or validated on, near-duplicates of those, and the training split before balancing.
     """
 
     samples: dict[Split, list[Sample]]
@@ -83,7 +83,7 @@ def load_faces(options: TrainOptions) -> Faces:
 
     Raises:
         ValueError: a split would be empty, or the training split's pictures of one gender where both are to be
-            balanced; no usable picture was found; or it is not known what a teacher or checkpoint was trained on.
+            balanced; no usable picture was found; or it is not known what an earlier run was trained on.
     """
     inherited = _inherited(options)
     samples, rejected = scan(options.data_dir)
@@ -129,9 +129,8 @@ def load_faces(options: TrainOptions) -> Faces:
 
 
 def _inherited(options: TrainOptions) -> dict[str, str]:
-    """The split of each picture in the teachers' and checkpoints' runs; where runs disagree, train wins over val, val
-    over test."""
-    runs = (*options.teacher, *(path.parent for path in options.checkpoint))
+    """The split of each picture in the earlier runs; where they disagree, train wins over val, val over test."""
+    runs = options.earlier_runs
     paths = [splits_path(run / ARTIFACT) for run in runs]
     for path in paths:
         if path.parent.is_dir() and not path.exists():
@@ -152,11 +151,11 @@ def _with_doubles(samples: list[Sample], groups: npt.NDArray[np.int64], inherite
 
 
 def _unseen(samples: list[Sample], seen: frozenset[str], rejected: Rejected) -> list[Sample]:
-    """Leaves out what a teacher or checkpoint has seen: the network would be judged by what it was told."""
+    """Leaves out what an earlier run has seen: the network would be judged by what it was told."""
     kept = []
     for sample in samples:
         if sample.digest[:_DIGITS] in seen:
-            rejected.reasons[sample.path] = "a teacher or checkpoint has seen it"
+            rejected.reasons[sample.path] = "an earlier run that this one builds on has seen it"
         else:
             kept.append(sample)
     return kept

@@ -10,15 +10,17 @@ import torch
 
 from training.cache import load_chips
 from training.data import Rejected, Sample
+from training.earlier import read_run, restore
 from training.loop import BEST, load_weights, predict_logits, save_whole
 from training.loss import Probs
 from training.network import create_network
-from training.options import TrainOptions, read_options
+from training.options import TrainOptions
 from training.quantize import is_rounded
 
 __all__ = ["TAUGHT", "average", "check_teacher", "taught", "teacher_probs"]
 
 TAUGHT: Final = "taught.pt"
+_ROLE: Final = "teacher"
 
 
 def check_teacher(run_dir: Path) -> None:
@@ -32,11 +34,7 @@ def check_teacher(run_dir: Path) -> None:
 
 def _read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options and the best weights of a run that can teach."""
-    try:
-        options = read_options(run_dir)
-        weights = load_weights(run_dir / BEST)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(f"the teacher {run_dir} is not the folder of a run: no {error.filename}") from error
+    options, weights = read_run(run_dir, _ROLE)
     if (loss := options.get("age_loss", "distribution")) != "distribution":
         raise ValueError(f"the teacher {run_dir} was trained with --age-loss {loss}, so its ages are no distribution")
     if is_rounded(weights):
@@ -61,12 +59,7 @@ def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, dev
     """
     options, weights = _read_run(run_dir)
     network = create_network(options["backbone"], pretrained=False, dropout=0.0, drop_path=0.0)
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the teacher {run_dir} holds weights of another backbone than {options['backbone']}"
-        ) from error
+    restore(network, weights, run_dir, _ROLE)
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     margin = options.get("margin", 0.0)
     cut, cache = load_chips(samples, options["size"], margin=margin, cache_dir=cache_dir, rejected=Rejected())

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from agegender.spec import SPEC_FILE, ModelSpec
 from training.calibrate import Calibration, age_interval
-from training.deploy import Deployed
+from training.deploy import Deployed, TwoLooks, deploy
 from training.files import written_whole
 from training.network import AGE_BINS, Network
 from training.options import TrainOptions
+from training.second_look import SecondLook
 
 __all__ = ["Artifact", "Output", "check_exportable", "export"]
 
@@ -41,7 +42,7 @@ class Artifact(nn.Module):
 
     radii: Tensor
 
-    def __init__(self, network: Deployed, calibration: Calibration) -> None:
+    def __init__(self, network: Deployed | TwoLooks, calibration: Calibration) -> None:
         super().__init__()
         self.network = network
         self.register_buffer("radii", torch.tensor(calibration.radii))
@@ -63,12 +64,13 @@ class Artifact(nn.Module):
 
 
 @torch.no_grad()
-def check_exportable(network: Network, options: TrainOptions) -> None:
+def check_exportable(network: Network, options: TrainOptions, second_look: SecondLook | None = None) -> None:
     """Finds out before a training whether its network takes the chips of all epochs and can be exported.
 
     Args:
         network: as it will be trained; stays as it is.
         options: of the run.
+        second_look: as the options name it.
 
     Raises:
         ValueError: it cannot.
@@ -79,7 +81,7 @@ def check_exportable(network: Network, options: TrainOptions) -> None:
         chips = [torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8) for size in sizes]
         for batch in chips:
             trained(batch)
-        deployed = Deployed(network, chips[-1], precision=options.precision, mirror=options.mirror)
+        deployed = deploy(network, chips[-1], options, second_look)
         with _ignoring_torchscript_deprecation():
             torch.jit.script(Artifact(deployed, Calibration((1.0,) * AGE_BINS, 1.0, options.mean)))
     except Exception as error:  # whatever the backbone's code raises at other sizes, or when it is traced or compiled
@@ -93,7 +95,7 @@ def check_exportable(network: Network, options: TrainOptions) -> None:
         ) from error
 
 
-def export(network: Deployed, calibration: Calibration, spec: ModelSpec, path: Path) -> None:
+def export(network: Deployed | TwoLooks, calibration: Calibration, spec: ModelSpec, path: Path) -> None:
     """Writes the artifact, see `written_whole`.
 
     Args:

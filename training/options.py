@@ -122,6 +122,11 @@ class TrainOptions:
     """Of the artifact: int8 is three times as fast on CPUs, and GPUs compute in float32; float32 suits any backbone."""
     mirror: bool = True
     """Let the artifact average each chip with its mirror image: more exact, and half as fast."""
+    second_look: Path | None = None
+    """Let the network of this run, its out_dir, answer in the artifact for the faces whose gender the one trained here
+    is not sure of: more exact, and slower for these alone. Several backbones and mirror images are worth it there."""
+    second_look_below: float = 0.8
+    """Gender probability, before calibration, below which --second-look is asked."""
     model_version: str = "0.1.0"
     """Version that the artifact states."""
     data_name: str | None = None
@@ -170,13 +175,22 @@ class TrainOptions:
             raise ValueError("--teacher goes with --age-loss distribution: the others learn no age from it")
         check_folder("--out-dir", self.out_dir)
         check_folder("--cache-dir", self.cache_dir)
-        sources = (*self.teacher, *(path.parent for path in self.checkpoint))
-        if self.out_dir.resolve() in [run.resolve() for run in sources]:
-            raise ValueError(f"--out-dir {self.out_dir} holds a teacher or checkpoint, which would be overwritten")
+        if self.out_dir.resolve() in [run.resolve() for run in self.earlier_runs]:
+            raise ValueError(
+                f"--out-dir {self.out_dir} holds a teacher, checkpoint or second look, which would be overwritten"
+            )
+        if not 0.5 < self.second_look_below <= 1:
+            raise ValueError(f"--second-look-below must lie above 0.5 and up to 1, not {self.second_look_below}")
         if not 0 <= self.teacher_weight <= 1:
             raise ValueError(f"--teacher-weight must lie between 0 and 1, not {self.teacher_weight}")
         if not (self.val_frac > 0 and self.test_frac > 0 and self.val_frac + self.test_frac < 1):
             raise ValueError("--val-frac and --test-frac must be above 0 and leave something to train on")
+
+    @property
+    def earlier_runs(self) -> tuple[Path, ...]:
+        """The folders of the runs that this one builds on."""
+        second_look = () if self.second_look is None else (self.second_look,)
+        return (*self.teacher, *(path.parent for path in self.checkpoint), *second_look)
 
     @property
     def mean(self) -> bool:

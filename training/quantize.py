@@ -7,8 +7,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
-from torch.ao.nn.intrinsic.qat import ConvReLU2d
+from torch.ao.nn.intrinsic.quantized import ConvReLU2d as QuantizedConvReLU2d
 from torch.ao.nn.qat import Conv2d
+from torch.ao.nn.quantized import Conv2d as QuantizedConv2d
 from torch.ao.quantization import (
     FakeQuantize,
     HistogramObserver,
@@ -73,19 +74,24 @@ def convert(network: Network) -> None:
         warnings.simplefilter("ignore")
         for branch in _branches(network):
             assert isinstance(branch.backbone, fx.GraphModule)
-            on_cuda = _with_stored_kernels(copy.deepcopy(branch.backbone))
-            branch.backbone = _EightBit(convert_fx(branch.backbone), on_cuda)
+            on_cuda = copy.deepcopy(branch.backbone)
+            on_cpu = convert_fx(branch.backbone)
+            _share_kernels(on_cpu, on_cuda)
+            branch.backbone = _EightBit(on_cpu, on_cuda)
 
 
 class _EightBit(nn.Module):
     """A backbone that computes in 8 bits on CPUs; on GPUs, where torch cannot, in float32 with the same roundings."""
 
+    here: Tensor
+
     def __init__(self, on_cpu: nn.Module, on_cuda: nn.Module) -> None:
         super().__init__()
         self.on_cpu, self.on_cuda = on_cpu, on_cuda
+        self.register_buffer("here", torch.empty(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:
+        if self.here.is_cuda:  # a constant once the artifact is frozen, so that half of it is never made ready
             return self.on_cuda(x)
         return self.on_cpu(x)
 
@@ -107,27 +113,74 @@ class _Rounding(nn.Module):
 
 
 class _StoredConv2d(nn.Module):
-    """A convolution whose kernels are kept in 8 bits, with a scale for each output channel."""
+    """A convolution in float32 whose kernels are kept in 8 bits, with a scale for each output channel."""
 
     weight: Tensor
     scale: Tensor
     bias: Tensor
 
-    def __init__(self, trained: Conv2d) -> None:
+    def __init__(self, converted: QuantizedConv2d) -> None:
         super().__init__()
-        rounding = trained.weight_fake_quant
-        rounded, scale = rounding(trained.weight), rounding.scale.view(-1, 1, 1, 1)
-        self.register_buffer("weight", (rounded / scale).round().to(torch.int8))
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", torch.zeros(len(scale)) if trained.bias is None else trained.bias.detach())
-        self.stride, self.dilation = list(trained.stride), list(trained.dilation)
-        self.padding, self.groups = [int(side) for side in trained.padding], trained.groups
-        self.rectified = isinstance(trained, ConvReLU2d)
+        weight, bias = converted._weight_bias()  # type: ignore[no-untyped-call]  # which torch names so
+        self.register_buffer("weight", weight.int_repr())
+        self.register_buffer("scale", weight.q_per_channel_scales().float().view(-1, 1, 1, 1))
+        self.register_buffer("bias", torch.zeros(len(weight)) if bias is None else bias.detach())
+        self.stride, self.dilation = list(converted.stride), list(converted.dilation)
+        self.padding, self.groups = [int(side) for side in converted.padding], converted.groups
+        self.rectified = isinstance(converted, QuantizedConvReLU2d)
 
     def forward(self, x: Tensor) -> Tensor:
         kernels = self.weight * self.scale
         y = F.conv2d(x, kernels, self.bias, self.stride, self.padding, self.dilation, self.groups)
         return F.relu(y) if self.rectified else y
+
+
+class _PackedConv2d(nn.Module):
+    """A convolution in 8 bits, whose kernels are packed for the CPU when it is loaded.
+
+    torch's own saves them packed. This one saves those of a `_StoredConv2d`, the very tensors, which an artifact then
+    holds once.
+    """
+
+    def __init__(self, converted: QuantizedConv2d, stored: _StoredConv2d) -> None:
+        super().__init__()
+        self.weight, self.weight_scale, self.bias = stored.weight, stored.scale, stored.bias
+        self.shape = [*stored.stride, *stored.padding, *stored.dilation, stored.groups]
+        self.rectified = stored.rectified
+        self.scale, self.zero_point = float(converted.scale), int(converted.zero_point)
+        self.packed = _packed(self.weight, self.weight_scale, self.bias, self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rectified:
+            return torch.ops.quantized.conv2d_relu(x, self.packed, self.scale, self.zero_point)
+        return torch.ops.quantized.conv2d(x, self.packed, self.scale, self.zero_point)
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[Tensor, Tensor, Tensor, list[int], bool, float, int, bool]:
+        return (
+            *(self.weight, self.weight_scale, self.bias, self.shape),
+            *(self.rectified, self.scale, self.zero_point, self.training),
+        )
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[Tensor, Tensor, Tensor, list[int], bool, float, int, bool]) -> None:
+        self.weight, self.weight_scale, self.bias, self.shape = state[:4]
+        self.rectified, self.scale, self.zero_point, self.training = state[4:]
+        self.packed = _packed(self.weight, self.weight_scale, self.bias, self.shape)
+
+
+def _packed(weight: Tensor, scale: Tensor, bias: Tensor, shape: list[int]):  # type: ignore[no-untyped-def]
+    """Kernels as torch's 8-bit convolutions take them; without the type of what it returns, which Python cannot name.
+
+    Args:
+        weight: (channels, inputs, height, width) int8.
+        scale: (channels, 1, 1, 1) float32.
+        bias: (channels,) float32.
+        shape: stride, padding and dilation, two numbers each, and groups.
+    """
+    zeros = torch.zeros(weight.shape[0], dtype=torch.long)
+    kernels = torch._make_per_channel_quantized_tensor(weight, scale.flatten().double(), zeros, 0)
+    return torch.ops.quantized.conv2d_prepack(kernels, bias, shape[0:2], shape[2:4], shape[4:6], shape[6])
 
 
 class _UpToSix(FakeQuantize):
@@ -209,12 +262,17 @@ def _activation_roundings(network: nn.Module) -> Iterator[FakeQuantize]:
             yield module
 
 
-def _with_stored_kernels(backbone: fx.GraphModule) -> fx.GraphModule:
-    for node in backbone.graph.nodes:
+def _share_kernels(on_cpu: fx.GraphModule, on_cuda: fx.GraphModule) -> None:
+    """Turns a backbone with roundings into one for GPUs, and lets the converted one have its kernels."""
+    for node in on_cuda.graph.nodes:
         if node.op == "call_module":
-            module = backbone.get_submodule(node.target)
+            name = str(node.target)
+            module = on_cuda.get_submodule(name)
             if isinstance(module, Conv2d):
-                backbone.set_submodule(node.target, _StoredConv2d(module))
+                converted = on_cpu.get_submodule(name)
+                assert isinstance(converted, QuantizedConv2d)
+                stored = _StoredConv2d(converted)
+                on_cuda.set_submodule(name, stored)
+                on_cpu.set_submodule(name, _PackedConv2d(converted, stored))
             elif isinstance(module, FakeQuantize):
-                backbone.set_submodule(node.target, _Rounding(module))
-    return backbone
+                on_cuda.set_submodule(name, _Rounding(module))

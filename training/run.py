@@ -24,7 +24,7 @@ from training.branch import join, parse_backbones
 from training.calibrate import COVERAGE, LEAST_TO_COVER, calibrate
 from training.data import Rejected, check_data_dir, evenly_chosen
 from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
-from training.deploy import Deployed
+from training.deploy import TwoLooks, deploy
 from training.distill import TAUGHT, check_teacher, taught
 from training.evaluate import METRICS_FILE, REPORT_FILE, evaluate, keep_fonts_in, predict_chips
 from training.export import check_exportable, export
@@ -46,6 +46,7 @@ from training.network import Network, create_network
 from training.normalization import standardize
 from training.options import OPTIONS, TrainOptions, read_options
 from training.quantize import is_rounded, round_to_eight_bits
+from training.second_look import SecondLook, load_second_look
 
 __all__ = ["run"]
 
@@ -53,12 +54,13 @@ _LABELS: Final = "labels_sha256"  # stands beside the options
 _START_OVER: Final = "give another --out-dir, or --no-resume to start over"
 _STATISTICS: Final = 512  # chips that statistics of activations are estimated from
 
-_PATHS: Final = ("cache_dir", "checkpoint", "data_dir", "out_dir", "teacher", "weights")  # tell of this machine alone
+# Options that tell of this machine alone.
+_PATHS: Final = ("cache_dir", "checkpoint", "data_dir", "out_dir", "second_look", "teacher", "weights")
 
 # Options that change where or how fast a run goes, or how its result is exported, but not the training.
 _FREE: Final = (
     *("cache_dir", "data_dir", "device", "num_workers", "out_dir", "patience", "resume", "threads"),
-    *("data_licence", "data_name", "mirror", "model_version", "precision"),
+    *("data_licence", "data_name", "mirror", "model_version", "precision", "second_look", "second_look_below"),
 )
 
 
@@ -78,7 +80,8 @@ def run(options: TrainOptions) -> Path:
         _check_options(options)
     device = _prepare(options)
     _check_sources(options)
-    state, network = _checkpoint_state(options), _created_network(options)
+    second_look = load_second_look(options.second_look, options) if options.second_look else None
+    state, network = _checkpoint_state(options), _created_network(options, second_look)
     faces = load_faces(options)
     print(_summary(faces), flush=True)
     if len(faces.samples["train"]) < options.workers:
@@ -99,7 +102,7 @@ def run(options: TrainOptions) -> Path:
     else:
         train(network, faces, _targets(faces, options, device), options, device)
     network.load_state_dict(load_weights(options.out_dir / BEST))
-    return _finish(network, faces, options)
+    return _finish(network, faces, options, second_look)
 
 
 def _with_absolute_paths(options: TrainOptions) -> TrainOptions:
@@ -111,6 +114,7 @@ def _with_absolute_paths(options: TrainOptions) -> TrainOptions:
         weights=options.weights and options.weights.resolve(),
         checkpoint=tuple(path.parent.resolve() / path.name for path in options.checkpoint),  # splits lie beside a link
         teacher=tuple(path.resolve() for path in options.teacher),
+        second_look=options.second_look and options.second_look.resolve(),
     )
 
 
@@ -205,7 +209,7 @@ def _write_rejected(rejected: Rejected, path: Path) -> None:
         table.writerows((str(name), reason) for name, reason in rejected.reasons.items())
 
 
-def _created_network(options: TrainOptions) -> Network:
+def _created_network(options: TrainOptions, second_look: SecondLook | None) -> Network:
     """The network with its published weights, which can be trained and exported as asked."""
     network = create_network(
         options.backbone,
@@ -214,7 +218,7 @@ def _created_network(options: TrainOptions) -> Network:
         drop_path=options.drop_path,
         weights=options.weights,
     )
-    check_exportable(network, options)
+    check_exportable(network, options, second_look)
     return network
 
 
@@ -290,14 +294,17 @@ def _targets(faces: Faces, options: TrainOptions, device: torch.device) -> Targe
     return targets.mixed(taught(options.teacher, samples, options, device), options.teacher_weight)
 
 
-def _finish(network: Network, faces: Faces, options: TrainOptions) -> Path:
+def _finish(network: Network, faces: Faces, options: TrainOptions, second_look: SecondLook | None) -> Path:
     """Calibrates on validation, exports, measures the exported file on test, and puts the figures into it."""
     val, test = faces.samples["val"], faces.samples["test"]
-    deployed = Deployed(network, _sample(faces, options), precision=options.precision, mirror=options.mirror)
+    deployed = deploy(network, _sample(faces, options), options, second_look)
     logits = predict_logits(deployed, faces.chips.read(val), torch.device("cpu"))
+    if isinstance(deployed, TwoLooks):
+        first = predict_logits(deployed.first, faces.chips.read(val), torch.device("cpu"))
+        print(f"second look: {len(deployed.unsure(first.gender)) / len(val):.1%} of the validation faces")
     ages = torch.tensor([float(sample.labels.age_years) for sample in val])
     calibration = calibrate(logits, ages, torch.tensor([sample.labels.gender for sample in val]), mean=options.mean)
-    path, spec = options.out_dir / ARTIFACT, _spec(options)
+    path, spec = options.out_dir / ARTIFACT, _spec(options, second_look)
     export(deployed, calibration, spec, path)
     predictions = predict_chips(Model(path, device="cpu"), test, faces.chips)
     figures = measure(Scored.of([sample.labels for sample in test], predictions))
@@ -310,7 +317,7 @@ def _finish(network: Network, faces: Faces, options: TrainOptions) -> Path:
     return path
 
 
-def _spec(options: TrainOptions) -> ModelSpec:
+def _spec(options: TrainOptions, second_look: SecondLook | None) -> ModelSpec:
     return ModelSpec(
         format_version=FORMAT_VERSION,
         name="agegender",
@@ -319,7 +326,7 @@ def _spec(options: TrainOptions) -> ModelSpec:
         chip_margin=options.margin,
         labels=("male", "female"),
         coverage=COVERAGE,
-        backbone=options.backbone,
+        backbone=f"{options.backbone}, then {second_look.backbone}" if second_look else options.backbone,
         training_data=options.data_name or options.data_dir.resolve().name,
         licence=options.data_licence,
         commit=_commit(),

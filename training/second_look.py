@@ -1,0 +1,52 @@
+"""A network that looks again at the faces whose gender the first is not sure of: slower, and exacter there."""
+
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import torch
+
+from training.branch import parse_backbones
+from training.earlier import read_run, restore
+from training.network import Network, create_network
+from training.options import TrainOptions
+from training.quantize import is_rounded, round_to_eight_bits
+
+__all__ = ["SecondLook", "load_second_look"]
+
+_ROLE: Final = "second look"
+
+
+class SecondLook(NamedTuple):
+    """The trained network of an earlier run, its backbones' names, and whether it sees each chip's mirror image too."""
+
+    network: Network
+    backbone: str
+    mirror: bool
+
+
+def load_second_look(run_dir: Path, options: TrainOptions) -> SecondLook:
+    """Loads what `options.second_look` names.
+
+    Args:
+        run_dir: out_dir of the earlier run; its options say of which size its chips are.
+        options: of the run whose artifact looks twice.
+
+    Raises:
+        ValueError: the folder holds no run, or one that does not go with these options.
+    """
+    earlier, weights = read_run(run_dir, _ROLE)
+    if (margin := earlier.get("margin", 0.0)) != options.margin:
+        raise ValueError(f"the {_ROLE} {run_dir} was trained with --margin {margin}; give it here too")
+    if ((loss := earlier.get("age_loss", "distribution")) != "distribution") != options.mean:
+        raise ValueError(f"the {_ROLE} {run_dir} was trained with --age-loss {loss}, which predicts otherwise")
+    if earlier.get("second_look"):
+        raise ValueError(f"the {_ROLE} {run_dir} looks twice itself; give a run without --second-look")
+    if is_rounded(weights) and options.precision != "int8":
+        raise ValueError(f"the {_ROLE} {run_dir} was trained in 8 bits; leave out --precision float32")
+    backbone = "+".join(f"{name}@{side or earlier['size']}" for name, side in parse_backbones(earlier["backbone"]))
+    network = create_network(backbone, pretrained=False, dropout=0.0, drop_path=0.0)
+    if is_rounded(weights):
+        any_chips = torch.arange(3 * options.size**2).view(1, 3, options.size, options.size).to(torch.uint8)
+        round_to_eight_bits(network, any_chips)  # the ranges are among the weights
+    restore(network, weights, run_dir, _ROLE)
+    return SecondLook(network, backbone, earlier.get("mirror", True))
