@@ -1,8 +1,7 @@
 """How much faster 8-bit arithmetic is with the engine that we choose for torch: `python -m benchmarks.engines`.
 
 Loads each artifact with that engine, as `agegender.Model` does, and with the one that torch takes by itself, and lets
-the two take turns on one core. The chips are whole images, spread evenly over all of the folder: an artifact that looks
-twice takes longer for some faces than for others.
+the two take turns on one core. The chips are whole images.
 """
 
 import time
@@ -44,18 +43,13 @@ def main() -> int:
     print(f"processor: {torch.backends.cpu.get_cpu_capability()}")
     with TemporaryDirectory() as folder:
         images = make_images("whole", options.data_dir, None, Path(folder))
-        faces = [decode_image(path.read_bytes()) for path in _spread(images.paths)]
+        count = min(_BATCHES, len(images.paths) // DEFAULT_BATCH_SIZE) * DEFAULT_BATCH_SIZE  # whole batches
+        faces = [decode_image(path.read_bytes()) for path in images.paths[:count]]
     print(f"chips: {len(faces)} of {images.description}")
     for path in options.models:
         ours, default = _rates(path, faces)
         print(f"{path}: {ours:.0f} chips/s, torch's own choice {default:.0f}, ratio {ours / default:.2f}")
     return 0
-
-
-def _spread(paths: Sequence[Path]) -> Sequence[Path]:
-    """Enough for all batches, or as many whole batches as there are."""
-    batches = min(_BATCHES, len(paths) // DEFAULT_BATCH_SIZE)
-    return paths[:: max(1, len(paths) // (_BATCHES * DEFAULT_BATCH_SIZE))][: batches * DEFAULT_BATCH_SIZE]
 
 
 def _rates(path: Path, faces: Sequence[Pixels]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 """The images that are timed: those of data sets, or made from sample photographs where these are absent."""
 
 import argparse
+import random
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -48,6 +49,9 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
 def make_images(workload: str, data_dir: Path | None, photos_dir: Path | None, folder: Path) -> Images:
     """Photographs of a size that `PHOTOGRAPHS` names, and faces of 200 x 200 pixels for other workloads.
 
+    Faces come in an order that is always the same and has nothing to do with their names, which in UTKFace begin with
+    the age: some faces take longer than others, and whoever does few of them must have the same mixture.
+
     Args:
         data_dir: aligned chips of faces; without it, variants of a sample are made.
         photos_dir: photographs of any size; without it, the samples are taken.
@@ -64,6 +68,7 @@ def make_images(workload: str, data_dir: Path | None, photos_dir: Path | None, f
         paths = _chips(folder)
         return Images(paths, f"{len(paths)} variants of a sample, 200 px")
     paths = _found(data_dir)
+    random.Random(0).shuffle(paths)
     return Images(paths, f"{len(paths):,} files of {data_dir.resolve().name}")
 
 

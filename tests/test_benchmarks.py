@@ -43,7 +43,7 @@ from benchmarks import (
 from benchmarks.accuracy import Answers
 from benchmarks.command_line import make_parser
 from benchmarks.environment import make_environment
-from benchmarks.images import Images
+from benchmarks.images import Images, make_images
 from training.data import MAX_AGE_YEARS, Labels, Sample
 
 FOUND = {"age": 30, "gender": "female"}
@@ -583,13 +583,15 @@ def test_engines_compare_ours_with_what_torch_takes_by_itself(monkeypatch: pytes
     assert engines._rates(Path("m.pt"), faces) == (engines.DEFAULT_BATCH_SIZE, engines.DEFAULT_BATCH_SIZE / 4)
 
 
-def test_engines_take_faces_from_all_of_a_folder_in_whole_batches() -> None:
-    names = [Path(f"{number:05}.jpg") for number in range(21_317)]
-    spread = engines._spread(names)
-    assert len(spread) == 1600
-    assert spread[0] == names[0]
-    assert spread[-1] > names[20_000]
-    assert len(engines._spread(names[:100])) == 96
+def test_the_first_faces_are_of_no_age_in_particular(tmp_path: Path) -> None:
+    for age in range(100):
+        (tmp_path / f"{age:03}_0_0_2017.jpg").touch()
+    orders = [make_images("whole", tmp_path, None, tmp_path).paths for _ in range(2)]
+    assert orders[0] == orders[1]
+    assert sorted(orders[0]) == sorted(path.resolve() for path in tmp_path.iterdir())
+    ages = [int(path.name[:3]) for path in orders[0][:20]]
+    assert min(ages) < 25
+    assert max(ages) > 75
 
 
 def test_the_first_upload_is_not_among_the_later_ones(monkeypatch: pytest.MonkeyPatch) -> None:

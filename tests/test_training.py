@@ -1492,6 +1492,9 @@ def test_an_artifact_looks_twice(options: TrainOptions, tmp_path: Path, capsys: 
     one_by_one = [models["always"].predict(chip[None]).age[0] for chip in chips]
     assert np.allclose(one_by_one, found["always"].age, atol=1e-4)
     assert path.stat().st_size < 30e6  # kernels of 12, 4 and 12 million bytes, once
+    ready = str(models["always"]._module.inlined_graph)
+    assert "quantized::conv2d_relu" in ready
+    assert "fake_quantize" not in ready  # what GPUs would need is dropped where there is none
 
     for changes, message in (
         ({"second_look": tmp_path}, "the second look .* is not the folder of a run: no .*options.json"),
