@@ -1,10 +1,10 @@
 """How speed and memory of the batch job depend on the number of inputs, measured, and simulated for 100 million.
 
-`python -m benchmarks.growth` makes directories of 1,000, 10,000 and 100,000 small chips (hard links of a few) and runs
-the job on each. A larger one of `--slice` chips is listed, worked on for `--slice-seconds`, interrupted and resumed for
-as long, since all of it would take too long for a benchmark. Then it makes a manifest (the list of inputs that a run
-keeps) of `--names` names without files, counts and publishes `--parts` made-up parts of an output, and extrapolates
-both to 100 million inputs.
+`python -m benchmarks.growth` makes directories of 1,000, 10,000 and 100,000 small chips (hard links of a few, of one
+sample) and runs the job on each. A larger one of `--slice` chips is listed, worked on for `--slice-seconds`, interrupted
+and resumed for as long, since all of it would take too long for a benchmark. Then it makes a manifest (the list of inputs
+that a run keeps) of `--names` names without files, counts and publishes `--parts` made-up parts of an output, and
+extrapolates both to 100 million inputs.
 """
 
 import argparse
@@ -26,7 +26,6 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from agegender import FacePrediction, ImageResult
 from agegender.records import arrow_table
@@ -35,9 +34,10 @@ from batch.output import Output, Run, now
 from batch.publish import committed_parts, publish
 from batch.scorer import BLOCK_SCHEMA
 from benchmarks.command_line import duration, errors_without_traceback, make_parser, positive
+from benchmarks.images import sample_face
 from benchmarks.outputs import add_output_options, write_outputs
 
-CHIPS: Final = 200
+CHIPS: Final = 20
 CHIP_PX: Final = 64
 NAMES_PER_FOLDER: Final = 10_000
 ROWS_PER_PART: Final = 1024
@@ -108,10 +108,9 @@ def _directory(folder: Path, size: int) -> Path:
     seeds = folder / "chips"
     if not seeds.exists():
         seeds.mkdir()
-        noise = np.random.default_rng(0)
+        face = sample_face()
         for number in range(CHIPS):
-            pixels = Image.fromarray(noise.integers(0, 256, (8, 8, 3), np.uint8))
-            pixels.resize((CHIP_PX, CHIP_PX), Image.Resampling.BICUBIC).save(seeds / f"{number:03}.jpg")
+            face.rotate(number - CHIPS // 2).resize((CHIP_PX, CHIP_PX)).save(seeds / f"{number:03}.jpg")
     for number in range(size):
         if number % NAMES_PER_FOLDER == 0:
             (root / f"{number // NAMES_PER_FOLDER:04}").mkdir(parents=True)
