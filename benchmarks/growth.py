@@ -1,10 +1,10 @@
 """How speed and memory of the batch job depend on the number of inputs, measured, and simulated for 100 million.
 
 `python -m benchmarks.growth` makes directories of 1,000, 10,000 and 100,000 small chips (hard links of a few, of one
-sample) and runs the job on each. A larger one of `--slice` chips is listed, worked on for `--slice-seconds`, interrupted
-and resumed for as long, since all of it would take too long for a benchmark. Then it makes a manifest (the list of inputs
-that a run keeps) of `--names` names without files, counts and publishes `--parts` made-up parts of an output, and
-extrapolates both to 100 million inputs.
+sample) and runs the job on each. A larger one of `--slice` chips is listed, worked on for `--slice-seconds`, then
+interrupted and resumed for as long, since all of it would take too long for a benchmark. Then it makes a manifest (the
+list of inputs that a run keeps) of `--names` names without files, counts and publishes `--parts` made-up parts of an
+output, and extrapolates both to 100 million inputs.
 """
 
 import argparse
