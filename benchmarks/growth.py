@@ -1,10 +1,10 @@
 """How speed and memory of the batch job depend on the number of inputs, measured, and simulated for 100 million.
 
 `python -m benchmarks.growth` makes directories of 1,000, 10,000 and 100,000 small chips (hard links of a few, of one
-sample) and runs the job on each. A larger one of `--slice` chips is listed, worked on for `--slice-seconds`, then
-interrupted and resumed for as long, since all of it would take too long for a benchmark. Then it makes a manifest (the
-list of inputs that a run keeps) of `--names` names without files, counts and publishes `--parts` made-up parts of an
-output, and extrapolates both to 100 million inputs.
+sample) and runs the job on each, with the fast model, since it is not the network that grows. A larger one of
+`--slice` chips is listed, worked on for `--slice-seconds`, then interrupted and resumed for as long, since all of it
+would take too long for a benchmark. Then it makes a manifest (the list of inputs that a run keeps) of `--names` names
+without files, counts and publishes `--parts` made-up parts of an output, and extrapolates both to 100 million inputs.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from batch.listing import Input, blocks_of, digest
 from batch.output import Output, Run, now
 from batch.publish import committed_parts, publish
 from batch.scorer import BLOCK_SCHEMA
+from benchmarks.batch import FAST_MODEL
 from benchmarks.command_line import duration, errors_without_traceback, make_parser, positive
 from benchmarks.images import sample_face
 from benchmarks.outputs import add_output_options, write_outputs
@@ -157,7 +158,7 @@ def _slice(folder: Path, size: int, out: Path, options: argparse.Namespace) -> M
 
 
 def _start(folder: Path, out: Path, options: argparse.Namespace) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "batch", str(folder), str(out), "--faces", "whole"]
+    command = [sys.executable, "-m", "batch", str(folder), str(out), "--faces", "whole", "--model", str(FAST_MODEL)]
     return subprocess.Popen(
         [*command, "--workers", str(options.workers)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
