@@ -163,9 +163,10 @@ def test_what_a_user_can_put_right_is_told_in_a_sentence(
         (tmp_path / "misnamed" / file).touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name, *call])
-    monkeypatch.setattr("agegender.process.keep_freed_memory", lambda *_, **__: None)
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(benchmark, "keep_freed_memory", lambda *_, **__: None, raising=False)  # it holds for all tests
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"benchmarks.{name}").main()
+        benchmark.main()
     assert str(ended.value).startswith("benchmarks: " if name == "__main__" else f"{name}: ")
     assert told in str(ended.value)
 

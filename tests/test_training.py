@@ -88,7 +88,14 @@ from training.network import AGE_BINS, Logits, Network, create_network
 from training.normalization import normalized_convolutions, standardize
 from training.options import AgeLoss, TrainOptions, refuse_repeated
 from training.plain import make_plain
-from training.quantize import _activation_roundings, _StoredConv2d, convert, is_rounded, round_to_eight_bits
+from training.quantize import (
+    _activation_roundings,
+    _PackedConv2d,
+    _StoredConv2d,
+    convert,
+    is_rounded,
+    round_to_eight_bits,
+)
 from training.run import run
 
 FACES = 60
@@ -870,7 +877,7 @@ def test_a_finished_run_that_is_exported_otherwise_is_checked_first(
     options: TrainOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(replace(options, epochs=1))
-    monkeypatch.setattr("training.export.Deployed", lambda *_, **__: pytest.fail("looks whether it can be exported"))
+    monkeypatch.setattr("training.export.deploy", lambda *_, **__: pytest.fail("looks whether it can be exported"))
     with pytest.raises(pytest.fail.Exception, match="looks whether"):
         run(replace(options, epochs=1, precision="float32"))
 
@@ -944,7 +951,7 @@ def test_distillation_and_checkpoint_start_from_an_earlier_run(options: TrainOpt
         run(replace(student, out_dir=tmp_path / "other", teacher=(options.out_dir, tmp_path / "nothing")))
     described = options.out_dir / "options.json"
     described.write_text(described.read_text().replace(options.backbone, "resnet34"))
-    with pytest.raises(ValueError, match="holds weights of another backbone than resnet34"):
+    with pytest.raises(ValueError, match=r"holds weights of another backbone than its options\.json"):
         run(replace(student, out_dir=tmp_path / "other", resume=False))
 
 
@@ -1574,8 +1581,12 @@ def test_ranges_stay_as_they_are_trained_with_and_those_of_kernels_follow_them()
 def test_stored_kernels_are_the_rounded_ones() -> None:
     network = _rounded(DARK_THEN_LIT)
     (kernels,) = (each for each in network.modules() if hasattr(each, "weight_fake_quant"))
-    stored = _StoredConv2d(kernels)
-    assert torch.equal(stored.weight * stored.scale, kernels.weight_fake_quant(kernels.weight))
+    rounded = kernels.weight_fake_quant(kernels.weight)
+    convert(network)
+    (stored,) = (each for each in network.modules() if isinstance(each, _StoredConv2d))
+    (packed,) = (each for each in network.modules() if isinstance(each, _PackedConv2d))
+    assert torch.equal(stored.weight * stored.scale, rounded)
+    assert packed.weight.data_ptr() == stored.weight.data_ptr()
 
 
 def test_a_relu6_behind_a_sum_stays_one() -> None:
@@ -1740,9 +1751,13 @@ def test_sources_without_weights_are_a_clear_error(source: str, options: TrainOp
     (tmp_path / BEST).write_bytes(b"")
     (tmp_path / "options.json").write_text("{}")
     write_splits(load_faces(options), splits_path(tmp_path / ARTIFACT))
-    path = tmp_path / BEST if source == "checkpoint" else tmp_path
+    given: Any = {"teacher": (tmp_path,), "checkpoint": (tmp_path / BEST,), "second_look": tmp_path}[source]
     with pytest.raises(ValueError, match=r"best\.pt holds no weights of a training"):
-        run(replace(options, precision="float32", **{source: (path,)}))
+        run(replace(options, precision="float32", **{source: given}))
+    if source != "checkpoint":
+        torch.save({}, tmp_path / BEST)
+        with pytest.raises(ValueError, match=r"options\.json is damaged: it names no backbone"):
+            run(replace(options, **{source: given}))
 
 
 def test_a_run_begun_on_a_gpu_goes_on_without(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,9 +21,12 @@ def read_run(run_dir: Path, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
         ValueError: it is no folder of a run with whole epochs.
     """
     try:
-        return read_options(run_dir), load_weights(run_dir / BEST)
+        options, weights = read_options(run_dir), load_weights(run_dir / BEST)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"the {role} {run_dir} is not the folder of a run: no {error.filename}") from error
+    if not {"backbone", "size"} <= options.keys():
+        raise ValueError(f"{run_dir / OPTIONS} is damaged: it names no backbone, or no size of its chips")
+    return options, weights
 
 
 def restore(network: Network, weights: dict[str, Any], run_dir: Path, role: str) -> None:
