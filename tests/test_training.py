@@ -985,7 +985,7 @@ def test_an_artifact_averages_age_and_gender_with_the_mirror_image() -> None:
 
 
 class _Sure(nn.Module):
-    """Sure of the gender of chips that are lit on their left half alone, in proportion to the light."""
+    """Sure of the gender in proportion to the light."""
 
     def forward(self, chips: torch.Tensor) -> Logits:
         light = chips[:, 0, 0, 0].float()
@@ -1069,12 +1069,16 @@ def test_teachers_are_averaged() -> None:
     assert all((each == 0.5).all() for each in average([low, high]))
 
 
+def _given(source: str, run_dir: Path) -> dict[str, Any]:
+    """The option that lets a run build on an earlier one."""
+    return {source: {"teacher": (run_dir,), "checkpoint": (run_dir / BEST,), "second_look": run_dir}[source]}
+
+
 @pytest.mark.parametrize("source", ["teacher", "checkpoint", "second_look"])
 def test_a_network_is_not_judged_by_what_it_inherits(source: str, options: TrainOptions, tmp_path: Path) -> None:
     faces = load_faces(options)
     write_splits(faces, splits_path(tmp_path / ARTIFACT))
-    given: Any = {"teacher": (tmp_path,), "checkpoint": (tmp_path / BEST,), "second_look": tmp_path}[source]
-    heir = replace(options, seed=1, **{source: given})
+    heir = replace(options, seed=1, **_given(source, tmp_path))
     own, left = load_faces(replace(options, seed=1)), load_faces(heir)
     known = {sample.digest for sample in faces.samples["train"]}
     chosen_by = {sample.digest for sample in faces.samples["val"]}
@@ -1751,13 +1755,13 @@ def test_sources_without_weights_are_a_clear_error(source: str, options: TrainOp
     (tmp_path / BEST).write_bytes(b"")
     (tmp_path / "options.json").write_text("{}")
     write_splits(load_faces(options), splits_path(tmp_path / ARTIFACT))
-    given: Any = {"teacher": (tmp_path,), "checkpoint": (tmp_path / BEST,), "second_look": tmp_path}[source]
+    given = _given(source, tmp_path)
     with pytest.raises(ValueError, match=r"best\.pt holds no weights of a training"):
-        run(replace(options, precision="float32", **{source: given}))
+        run(replace(options, precision="float32", **given))
     if source != "checkpoint":
         torch.save({}, tmp_path / BEST)
         with pytest.raises(ValueError, match=r"options\.json is damaged: it names no backbone"):
-            run(replace(options, **{source: given}))
+            run(replace(options, **given))
 
 
 def test_a_run_begun_on_a_gpu_goes_on_without(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,9 +298,10 @@ def _finish(network: Network, faces: Faces, options: TrainOptions, second_look: 
     """Calibrates on validation, exports, measures the exported file on test, and puts the figures into it."""
     val, test = faces.samples["val"], faces.samples["test"]
     deployed = deploy(network, _sample(faces, options), options, second_look)
-    logits = predict_logits(deployed, faces.chips.read(val), torch.device("cpu"))
+    chips = faces.chips.read(val)
+    logits = predict_logits(deployed, chips, torch.device("cpu"))
     if isinstance(deployed, TwoLooks):
-        first = predict_logits(deployed.first, faces.chips.read(val), torch.device("cpu"))
+        first = predict_logits(deployed.first, chips, torch.device("cpu"))
         print(f"second look: {len(deployed.unsure(first.gender)) / len(val):.1%} of the validation faces")
     ages = torch.tensor([float(sample.labels.age_years) for sample in val])
     calibration = calibrate(logits, ages, torch.tensor([sample.labels.gender for sample in val]), mean=options.mean)
