@@ -67,6 +67,7 @@ _DIMENSION_640: Final = b"\x0a\x03\x08\x80\x05"
 _DIMENSION_ANY: Final = b"\x0a\x03\x12\x01%c"
 
 _Rows = npt.NDArray[np.float32]
+_Planes = npt.NDArray[np.uint8]  # (3, H, W) RGB
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,7 +176,8 @@ class FaceDetector:
         """
         check_rgb(pixels)
         height, width = pixels.shape[:2]
-        seen = _shrunk(pixels, _SIDE_PX)
+        own = np.require(pixels, requirements=["C", "W"])  # torch takes no memory that it could not write to
+        seen = _shrunk(own.transpose(2, 0, 1), _SIDE_PX)
         candidates = self._look(seen, width, height)
         if max(seen.shape) > 2 * _SMALL_SIDE_PX:
             large = self._look(_shrunk(seen, _SMALL_SIDE_PX), width, height)
@@ -183,14 +185,13 @@ class FaceDetector:
         faces = [_face(row, width, height) for row in _without_overlaps(candidates)]
         return sorted((face for face in faces if face.area > 0), key=lambda face: -face.area)[: self.max_faces]
 
-    def _look(self, seen: Pixels, width: int, height: int) -> _Rows:
+    def _look(self, seen: _Planes, width: int, height: int) -> _Rows:
         """Candidates in an image of that size, (N, 15) as x1, y1, x2, y2, five landmarks as x, y, and the score."""
-        framed = _framed(seen)
-        blob = cv2.dnn.blobFromImage(framed, swapRB=True)  # YuNet was trained on BGR of 0 to 255
+        blob = _framed(seen)
         outputs = self._network.run(_OUTPUTS, {"input": blob})
-        rows = _candidates(outputs, framed.shape[1], framed.shape[0], self.min_score)
-        rows[:, 0:14:2] *= width / seen.shape[1]
-        rows[:, 1:14:2] *= height / seen.shape[0]
+        rows = _candidates(outputs, blob.shape[3], blob.shape[2], self.min_score)
+        rows[:, 0:14:2] *= width / seen.shape[2]
+        rows[:, 1:14:2] *= height / seen.shape[1]
         finite: _Rows = rows[np.isfinite(rows).all(axis=1)]
         return finite
 
@@ -215,21 +216,30 @@ def _of_any_size(weights: bytes) -> bytes:
     return weights
 
 
-def _shrunk(pixels: Pixels, side_px: int) -> Pixels:
-    """Shrinks the image so that no side is longer; a smaller one stays as it is."""
-    height, width = pixels.shape[:2]
+def _shrunk(planes: _Planes, side_px: int) -> _Planes:
+    """Shrinks the image so that no side is longer; a smaller one stays as it is.
+
+    Each pixel is a weighted mean of all that it stands for, which takes torch a quarter of the time that OpenCV needs.
+    """
+    from torch import from_numpy  # here, for a client of a server imports this module too
+    from torch.nn.functional import interpolate
+
+    height, width = planes.shape[1:]
     scale = side_px / max(height, width)
     if scale >= 1:
-        return pixels
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
+        return planes
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    shrunk: _Planes = interpolate(from_numpy(planes)[None], size=size, mode="bilinear", antialias=True)[0].numpy()
+    return shrunk
 
 
-def _framed(seen: Pixels) -> Pixels:
-    """Adds black to the right and below, up to whole cells of the coarsest grid."""
+def _framed(seen: _Planes) -> npt.NDArray[np.float32]:
+    """What the network takes, (1, 3, H, W): black to the right and below, up to whole cells of the coarsest grid."""
+    height, width = seen.shape[1:]
     cell = _STRIDES_PX[-1]
-    below, beside = (-side % cell for side in seen.shape[:2])
-    return cv2.copyMakeBorder(seen, 0, below, 0, beside, cv2.BORDER_CONSTANT).astype(np.uint8, copy=False)
+    blob = np.zeros((1, 3, height + -height % cell, width + -width % cell), np.float32)
+    blob[0, :, :height, :width] = seen[::-1]  # YuNet was trained on BGR of 0 to 255
+    return blob
 
 
 def _candidates(outputs: list[npt.NDArray[np.float32]], width: int, height: int, min_score: float) -> _Rows:

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 import cv2
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from agegender import Face, FaceDetector
 from agegender.detector import DECODE_SIDE_PX, DEFAULT_MIN_SCORE, detector_weights
@@ -34,13 +36,14 @@ class _OpenCV(FaceDetector):
         weights, no_config = np.frombuffer(detector_weights(), np.uint8), np.empty(0, np.uint8)
         self._yunet = cv2.FaceDetectorYN.create("onnx", weights, no_config, (320, 320), DEFAULT_MIN_SCORE)
 
-    def _look(self, seen: Pixels, width: int, height: int) -> Any:
-        self._yunet.setInputSize((seen.shape[1], seen.shape[0]))
-        _, found = self._yunet.detect(cv2.cvtColor(seen, cv2.COLOR_RGB2BGR))
+    def _look(self, seen: npt.NDArray[np.uint8], width: int, height: int) -> Any:
+        bgr = np.ascontiguousarray(seen[::-1].transpose(1, 2, 0))
+        self._yunet.setInputSize((bgr.shape[1], bgr.shape[0]))
+        _, found = self._yunet.detect(bgr)
         rows: Any = np.empty((0, 15), np.float32) if found is None else np.array(found)
         rows[:, 2:4] += rows[:, 0:2]
-        rows[:, 0:14:2] *= width / seen.shape[1]
-        rows[:, 1:14:2] *= height / seen.shape[0]
+        rows[:, 0:14:2] *= width / bgr.shape[1]
+        rows[:, 1:14:2] *= height / bgr.shape[0]
         return rows
 
 
@@ -51,6 +54,7 @@ def main() -> int:
     add_image_options(parser)
     args = parser.parse_args()
     cv2.setNumThreads(1)
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         for workload in _WORKLOADS:
             images = make_images(workload, args.data_dir, args.photos_dir, Path(folder))

@@ -24,6 +24,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import PIL
+import torch
 from tqdm import tqdm
 
 import agegender.chips
@@ -66,7 +67,7 @@ class ChipCache:
 
 def cutting_version(size_px: int, margin: float) -> str:
     """Sixteen hex digits that change whenever a chip could come out otherwise."""
-    libraries = f"{PIL.__version__} {cv2.__version__} {version('onnxruntime')}"
+    libraries = f"{PIL.__version__} {cv2.__version__} {torch.__version__} {version('onnxruntime')}"
     state = hashlib.sha256(f"{size_px} {margin} {libraries}".encode())
     state.update(agegender.detector.detector_weights())
     for module in _CUTTERS:
@@ -183,13 +184,19 @@ def _cut_all(samples: Sequence[Sample], cut: "partial[_Outcome]") -> Iterator[_O
         yield from bar(map(cut, paths))
         return
     # Spawned, not forked: this process may have threads of torch, whose locks a fork would copy as they are.
-    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_take_one_thread) as pool:
         try:
             yield from bar(pool.map(cut, paths, chunksize=64))
         except BrokenProcessPool as error:
             raise ValueError(
                 "a process that cuts chips died, mostly for lack of memory; the same command goes on with the rest"
             ) from error
+
+
+def _take_one_thread() -> None:
+    """There is a process for each core."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
 
 
 def _cut(path: Path, *, size_px: int, margin: float) -> _Outcome:

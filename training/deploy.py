@@ -1,6 +1,7 @@
 """Trained network -> the network that is exported: its convolutions in 8 bits, and with a second look, if asked."""
 
 import copy
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ def deploy(
 
 class Deployed(nn.Module):
     """(N, 3, S, S) uint8 RGB chips -> logits, as the artifact computes them."""
+
+    mirror: Final[bool]  # so that TorchScript leaves out the branch that is not taken, half of what it has to load
 
     def __init__(self, network: Network, sample: Tensor, *, precision: Precision, mirror: bool) -> None:
         """Converts a copy of the network.

@@ -132,7 +132,7 @@ class _StoredConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         kernels = self.weight * self.scale
         y = F.conv2d(x, kernels, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        return F.relu(y) if self.rectified else y
+        return y.relu() if self.rectified else y
 
 
 class _PackedConv2d(nn.Module):
