@@ -309,7 +309,7 @@ def _finish(network: Network, faces: Faces, options: TrainOptions, second_look: 
     export(deployed, calibration, spec, path)
     predictions = predict_chips(Model(path, device="cpu"), test, faces.chips)
     figures = measure(Scored.of([sample.labels for sample in test], predictions))
-    metrics = {name: round(figure.value, 4) for name, figure in figures.items()}
+    metrics = {name: round(figure.value, 5) for name, figure in figures.items()}
     export(deployed, calibration, dataclasses.replace(spec, metrics={"pictures": len(test), **metrics}), path)
     curve = read_curve(options.out_dir)
     print("test split:")
