@@ -35,7 +35,7 @@ def check_teacher(run_dir: Path) -> None:
 def _read_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options and the best weights of a run that can teach."""
     options, weights = read_run(run_dir, _ROLE)
-    if (loss := options.get("age_loss", "distribution")) != "distribution":
+    if (loss := options["age_loss"]) != "distribution":
         raise ValueError(f"the teacher {run_dir} was trained with --age-loss {loss}, so its ages are no distribution")
     if is_rounded(weights):
         raise ValueError(f"the teacher {run_dir} was trained in 8 bits; give the run that it went on from")
@@ -61,8 +61,8 @@ def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, dev
     network = create_network(options["backbone"], pretrained=False, dropout=0.0, drop_path=0.0)
     restore(network, weights, run_dir, _ROLE)
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-    margin = options.get("margin", 0.0)
-    cut, cache = load_chips(samples, options["size"], margin=margin, cache_dir=cache_dir, rejected=Rejected())
+    size_px, margin = options["size"], options["margin"]
+    cut, cache = load_chips(samples, size_px, margin=margin, cache_dir=cache_dir, rejected=Rejected())
     if len(cut) != len(samples):
         raise ValueError(f"the teacher {run_dir} finds no face in {len(samples) - len(cut)} of the training pictures")
     chips = cache.read(samples)

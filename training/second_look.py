@@ -35,9 +35,9 @@ def load_second_look(run_dir: Path, options: TrainOptions) -> SecondLook:
         ValueError: the folder holds no run, or one that does not go with these options.
     """
     earlier, weights = read_run(run_dir, _ROLE)
-    if (margin := earlier.get("margin", 0.0)) != options.margin:
+    if (margin := earlier["margin"]) != options.margin:
         raise ValueError(f"the {_ROLE} {run_dir} was trained with --margin {margin}; give it here too")
-    if ((loss := earlier.get("age_loss", "distribution")) != "distribution") != options.mean:
+    if ((loss := earlier["age_loss"]) != "distribution") != options.mean:
         raise ValueError(f"the {_ROLE} {run_dir} was trained with --age-loss {loss}, which predicts otherwise")
     if earlier.get("second_look"):
         raise ValueError(f"the {_ROLE} {run_dir} looks twice itself; give a run without --second-look")
@@ -49,4 +49,4 @@ def load_second_look(run_dir: Path, options: TrainOptions) -> SecondLook:
         any_chips = torch.arange(3 * options.size**2).view(1, 3, options.size, options.size).to(torch.uint8)
         round_to_eight_bits(network, any_chips)  # the ranges are among the weights
     restore(network, weights, run_dir, _ROLE)
-    return SecondLook(network, backbone, earlier.get("mirror", True))
+    return SecondLook(network, backbone, earlier["mirror"])
