@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from agegender.errors import ModelLoadError
-from agegender.image import Pixels, check_rgb
+from agegender.image import Pixels, as_torch_takes_it, check_rgb
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -143,7 +143,7 @@ class FaceDetector:
         max_faces: int = DEFAULT_MAX_FACES,
         weights: bytes | None = None,
     ) -> None:
-        """Loads the weights. The network runs in as many threads as OpenCV has at this moment.
+        """Loads the weights. The network runs in as many threads as OpenCV has at this moment; torch has its own.
 
         Args:
             min_score: faces scored below this are dropped, 0 to 1.
@@ -176,8 +176,7 @@ class FaceDetector:
         """
         check_rgb(pixels)
         height, width = pixels.shape[:2]
-        own = np.require(pixels, requirements=["C", "W"])  # torch takes no memory that it could not write to
-        seen = _shrunk(own.transpose(2, 0, 1), _SIDE_PX)
+        seen = _shrunk(pixels.transpose(2, 0, 1), _SIDE_PX)
         candidates = self._look(seen, width, height)
         if max(seen.shape) > 2 * _SMALL_SIDE_PX:
             large = self._look(_shrunk(seen, _SMALL_SIDE_PX), width, height)
@@ -219,17 +218,19 @@ def _of_any_size(weights: bytes) -> bytes:
 def _shrunk(planes: _Planes, side_px: int) -> _Planes:
     """Shrinks the image so that no side is longer; a smaller one stays as it is.
 
-    Each pixel is a weighted mean of all that it stands for, which takes torch a quarter of the time that OpenCV needs.
+    Each pixel is a weighted mean of all that it stands for, by torch, which is mostly faster there than OpenCV; see
+    docs/decisions/chips.md.
     """
-    from torch import from_numpy  # here, for a client of a server imports this module too
-    from torch.nn.functional import interpolate
-
     height, width = planes.shape[1:]
     scale = side_px / max(height, width)
     if scale >= 1:
         return planes
+    from torch import from_numpy  # here, since it takes a second, and who only talks to a server shrinks nothing
+    from torch.nn.functional import interpolate
+
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    shrunk: _Planes = interpolate(from_numpy(planes)[None], size=size, mode="bilinear", antialias=True)[0].numpy()
+    image = from_numpy(as_torch_takes_it(planes))[None]
+    shrunk: _Planes = interpolate(image, size=size, mode="bilinear", antialias=True)[0].numpy()
     return shrunk
 
 

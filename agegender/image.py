@@ -28,6 +28,7 @@ __all__ = [
     "FORMATS",
     "EncodedImage",
     "Pixels",
+    "as_torch_takes_it",
     "check_bytes",
     "check_rgb",
     "decode_image",
@@ -152,6 +153,11 @@ def check_rgb(pixels: object) -> None:
         raise ValueError(f"an image must be an array of (H, W, 3) uint8, not {type(pixels).__name__}")
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
         raise ValueError(f"an image must be (H, W, 3) uint8 and not empty, not {pixels.shape} {pixels.dtype}")
+
+
+def as_torch_takes_it(pixels: Pixels) -> Pixels:
+    """The array itself, or a copy: torch warns of memory that it could not write to, and refuses negative strides."""
+    return pixels if pixels.flags.writeable and min(pixels.strides) > 0 else pixels.copy()
 
 
 def read_header(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> EncodedImage:

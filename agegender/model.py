@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from agegender.errors import ModelLoadError
-from agegender.image import Pixels
+from agegender.image import Pixels, as_torch_takes_it
 from agegender.spec import DEFAULT_MODEL, FORMAT_VERSION, ModelSpec, read_artifact, read_spec
 
 __all__ = ["ChipModel", "Model", "Predictions", "find_device"]
@@ -100,8 +100,7 @@ class Model:
         if len(chips) == 0:
             nothing = np.empty(0, np.float32)
             return Predictions(nothing, nothing, nothing, np.empty((0, 2), np.float32))
-        own = np.require(chips, requirements=["C", "W"])  # torch warns of memory that it could not write to
-        batch = torch.from_numpy(own).permute(0, 3, 1, 2)  # channels_last without a copy
+        batch = torch.from_numpy(as_torch_takes_it(chips)).permute(0, 3, 1, 2)  # channels_last without a copy
         # TorchScript fuses operations on CUDA only; on a CPU the optimizer costs seconds and gains nothing.
         with torch.inference_mode(), torch.jit.optimized_execution(self.device.type == "cuda"):
             output = self._module(batch.to(self.device))

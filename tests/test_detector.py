@@ -1,5 +1,7 @@
 """image -> faces: found from 20 px to the whole frame, ordered, bounded, inside the image, not where are none."""
 
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -207,13 +209,31 @@ def test_what_it_sees_of_a_large_image_is_averaged_and_not_sampled():
     assert np.unique(shrunk[:, :, 1:-1]).tolist() == [50]  # at the sides there are fewer columns to take the mean of
 
 
-def test_pixels_that_cannot_be_written_to_or_run_backwards_are_seen_alike(detector, astronaut_pixels):
-    large = resized(astronaut_pixels, 900, 900)
-    backwards = large[:, ::-1].copy()[:, ::-1]
-    backwards.setflags(write=False)
-    expected, found = detector.detect(large), detector.detect(backwards)
+@pytest.mark.parametrize("writeable", [True, False])
+@pytest.mark.parametrize("step", [1, -1])
+def test_pixels_that_cannot_be_written_to_or_run_backwards_are_seen_alike(detector, astronaut_pixels, writeable, step):
+    large = resized(astronaut_pixels, 900, 900).copy()
+    other = large[:, ::step].copy()[:, ::step]
+    other.setflags(write=writeable)
+    expected, found = detector.detect(large), detector.detect(other)
     assert expected
     assert [face.box for face in found] == [face.box for face in expected]
+
+
+@pytest.mark.parametrize("shape", [(1, 1000, 3), (1000, 1, 3)])
+def test_lines_that_run_backwards_are_looked_at(detector, shape):
+    assert detector.detect(np.zeros(shape, np.uint8)[::-1, ::-1]) == []
+
+
+def test_a_small_image_needs_no_torch():
+    """It takes a second to import, and half a gigabyte."""
+    code = """
+import sys, numpy
+from agegender import FaceDetector
+FaceDetector().detect(numpy.zeros((200, 200, 3), numpy.uint8))
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize(("kind", "value"), [("bbox", 1000.0), ("kps", np.nan), ("kps", np.inf)])

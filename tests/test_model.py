@@ -301,6 +301,7 @@ def test_views_and_read_only_chips_will_do(shipped, recwarn):
     read_only.flags.writeable = False
     for batch in (view, read_only):
         assert np.array_equal(shipped.predict(batch).age, expected.age)
+    assert np.array_equal(shipped.predict(view[:1][::-1]).age, shipped.predict(view[:1].copy()).age)
     assert not recwarn.list
 
 

@@ -97,6 +97,7 @@ from training.quantize import (
     round_to_eight_bits,
 )
 from training.run import run
+from training.second_look import load_second_look
 
 FACES = 60
 
@@ -336,6 +337,17 @@ def test_a_process_that_dies_while_it_cuts_is_told_of(options: TrainOptions, mon
     samples, _ = scan(options.data_dir)
     with pytest.raises(ValueError, match="a process that cuts chips died"):
         list(training.cache._cut_all(samples[:2], partial(_dies)))
+
+
+def _count_threads(path: Path) -> str:
+    return f"{cv2.getNumThreads()} {torch.get_num_threads()}"
+
+
+def test_processes_that_cut_take_one_thread(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.cache._FEW", 0)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    samples, _ = scan(options.data_dir)
+    assert set(training.cache._cut_all(samples[:2], partial(_count_threads))) == {"1 1"}
 
 
 def test_two_runs_extend_one_cache(options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -984,6 +996,22 @@ def test_an_artifact_averages_age_and_gender_with_the_mirror_image() -> None:
         torch.testing.assert_close(found, (one + other) / 2)
 
 
+class _Flat(nn.Module):
+    """What TorchScript can compile."""
+
+    def forward(self, chips: torch.Tensor) -> Logits:
+        return Logits(chips.float().flatten(1), chips.float().flatten(1))
+
+
+def test_what_is_not_mirrored_carries_no_code_for_it() -> None:
+    """Each loading would work through it, several times over."""
+    network: Any = _Flat()
+    chips = torch.from_numpy(LIT_LEFT).permute(0, 3, 1, 2)
+    for mirror in (True, False):
+        scripted = torch.jit.script(Deployed(network, chips, precision="float32", mirror=mirror))
+        assert ("aten::flip" in str(scripted.inlined_graph)) == mirror
+
+
 class _Sure(nn.Module):
     """Sure of the gender in proportion to the light."""
 
@@ -1481,6 +1509,13 @@ def test_a_network_trained_in_8_bits_is_exported_as_it_was_trained(options: Trai
         run(replace(lite, teacher=(tmp_path / "aware",), out_dir=tmp_path / "pupil"))
 
 
+def _forget_options(run_dir: Path, *names: str) -> None:
+    """As a run has it that is older than these options."""
+    path = run_dir / training.options.OPTIONS
+    options = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in options.items() if name not in names}))
+
+
 def test_an_artifact_looks_twice(options: TrainOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = replace(options, backbone="resnet18", pretrained=False, size=64, epochs=1, mirror=False)
     second = replace(quick, backbone="efficientnet_lite0+resnet18@32", size=48, mirror=True, quantization_aware=True)
@@ -1516,6 +1551,10 @@ def test_an_artifact_looks_twice(options: TrainOptions, tmp_path: Path, capsys: 
     ):
         with pytest.raises(ValueError, match=message):
             run(replace(again, out_dir=tmp_path / "refused", checkpoint=(), epochs=1, **changes))
+    _forget_options(tmp_path / "second", "margin", "mirror", "second_look")
+    assert load_second_look(tmp_path / "second", again).mirror
+    with pytest.raises(ValueError, match=r"was trained with --margin 0\.0; give it here too"):
+        load_second_look(tmp_path / "second", replace(again, margin=0.5))
     shutil.copy(alone / BEST, tmp_path / "second" / BEST)
     with pytest.raises(ValueError, match=r"second look .* holds weights of another backbone than its options\.json"):
         run(replace(again, out_dir=tmp_path / "refused"))

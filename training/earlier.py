@@ -9,12 +9,12 @@ from training.options import OPTIONS, read_options
 
 __all__ = ["read_run", "restore"]
 
-# What runs did before there were options for it.
-_ALWAYS: Final = {"age_loss": "distribution", "margin": 0.0, "mirror": True}
+# What runs did that are older than these options.
+_BEFORE: Final = {"age_loss": "distribution", "margin": 0.0, "mirror": True, "second_look": None}
 
 
 def read_run(run_dir: Path, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options and the best weights of a run; options that it is older than are there too.
+    """The options, also those of `_BEFORE` that it is older than, and the best weights of a run.
 
     Args:
         run_dir: its out_dir.
@@ -29,7 +29,7 @@ def read_run(run_dir: Path, role: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"the {role} {run_dir} is not the folder of a run: no {error.filename}") from error
     if not {"backbone", "size"} <= options.keys():
         raise ValueError(f"{run_dir / OPTIONS} is damaged: it names no backbone, or no size of its chips")
-    return {**_ALWAYS, **options}, weights
+    return {**_BEFORE, **options}, weights
 
 
 def restore(network: Network, weights: dict[str, Any], run_dir: Path, role: str) -> None:

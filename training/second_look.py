@@ -39,7 +39,7 @@ def load_second_look(run_dir: Path, options: TrainOptions) -> SecondLook:
         raise ValueError(f"the {_ROLE} {run_dir} was trained with --margin {margin}; give it here too")
     if ((loss := earlier["age_loss"]) != "distribution") != options.mean:
         raise ValueError(f"the {_ROLE} {run_dir} was trained with --age-loss {loss}, which predicts otherwise")
-    if earlier.get("second_look"):
+    if earlier["second_look"]:
         raise ValueError(f"the {_ROLE} {run_dir} looks twice itself; give a run without --second-look")
     if is_rounded(weights) and options.precision != "int8":
         raise ValueError(f"the {_ROLE} {run_dir} was trained in 8 bits; leave out --precision float32")
