@@ -236,7 +236,7 @@ def _explain(error: Exception) -> str:
     line = _last_line(str(telling))
     if line.startswith(_ADVICE):
         line = _last_line(str(error).rpartition(_DIRECT_CAUSE)[0]) or line
-    return f"the engine stopped: {line or type(telling).__name__}"
+    return f"the engine stopped: {line.rstrip('.') or type(telling).__name__}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
