@@ -393,8 +393,7 @@ def test_a_size_over_the_cap_is_refused_from_the_header(format_, side, loads):
     with pytest.raises(ImageTooLargeError) as caught:
         decode_image(data)
     assert time.perf_counter() - started < 1
-    grown_bytes = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    assert grown_bytes < side * side  # a third of the pixels; what other tests left running takes some, too
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024  # KiB
     assert not loads
     assert caught.value.width in (side, None)
     assert "exceeds limit" in str(caught.value) or f"{side}x{side} is " in str(caught.value)
