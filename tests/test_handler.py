@@ -88,7 +88,9 @@ def context(unpacked: Path) -> Context:
 @pytest.fixture
 def handler(context: Context) -> Iterator[AgeGenderHandler]:
     handler = AgeGenderHandler()
-    handler.initialize(context)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("handler.handler.keep_freed_memory", lambda: None)  # it would hold for all tests
+        handler.initialize(context)
     yield handler
     handler._busy_lock.close()
 
