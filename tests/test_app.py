@@ -46,6 +46,12 @@ FACE = FacePrediction(0, (10.0, 10.0, 110.0, 130.0), 0.9, 34.4, 27.6, 41.2, "fem
 Start = Callable[..., AppTest]
 
 
+@pytest.fixture(autouse=True)
+def own_main(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamlit puts its script in the place of `__main__`, which spawned processes of later tests would run."""
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+
+
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     """start(*arguments) -> the whole app on its first page."""
