@@ -5,7 +5,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,11 @@ Start = Callable[..., AppTest]
 
 
 @pytest.fixture(autouse=True)
-def own_main(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_main() -> Iterator[None]:
     """Streamlit puts its script in the place of `__main__`, which spawned processes of later tests would run."""
-    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+        yield
 
 
 @pytest.fixture
