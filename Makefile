@@ -78,8 +78,10 @@ archive: $(READY) ## Build the model archive that TorchServe loads: MODEL=FILE
 serve: $(READY) ## Start the server; returns when it answers predictions: MODEL=FILE
 	@$(BIN)/python -m handler start --model "$$MODEL" $(ARGS)
 
-stop: $(READY) ## Let running requests finish, then stop the server
-	@$(BIN)/python -m handler stop $(ARGS)
+# Installs nothing: packages must not be replaced under a server that runs, nor must a lack of network keep it running.
+stop: ## Let running requests finish, then stop the server
+	@if test -x $(BIN)/python; then $(BIN)/python -m handler stop $(ARGS); \
+		else echo 'make stop: there is no $(BIN)/python, so no server of this checkout runs'; fi
 
 stubs: $(READY) ## Build the Python stubs of the gRPC API into build/grpc
 	@$(BIN)/python -m handler stubs

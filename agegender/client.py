@@ -5,6 +5,7 @@ Images go one per request, as they are: the server collects what arrives togethe
 
 import io
 import json
+import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -162,7 +163,7 @@ class Client:
                 "POST", url, body=body, headers=headers, timeout=self._timeout, retries=self._retry()
             )
         except urllib3.exceptions.HTTPError as error:
-            raise ServerError(f"{self.server} does not answer ({_reason(error)}); is it running?") from error
+            raise ServerError(_why_no_answer(self.server, getattr(error, "reason", None) or error)) from error
         try:
             answer = json.loads(response.data)
         except (ValueError, RecursionError):
@@ -258,14 +259,31 @@ def _error(answer: Mapping[str, Any]) -> dict[str, Any]:
     return error if isinstance(error, dict) else {"message": str(error)[:200]}
 
 
-def _reason(error: Exception) -> str:
-    cause = getattr(error, "reason", None) or error
+def _why_no_answer(server: str, cause: Exception) -> str:
+    if not isinstance(cause, urllib3.exceptions.SSLError):
+        return f"{server} does not answer ({_reason(cause)}); is it running?"
+    error = cause.args[0]
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return (
+            f"the certificate of {server} is not accepted ({error.verify_message.rstrip('.')}); check the address, or "
+            "name the file of its authority in SSL_CERT_FILE"
+        )
+    reason = (getattr(error, "reason", None) or str(error)).replace("_", " ").lower()  # OpenSSL's are in capitals
+    return f"{server} does not answer by TLS ({reason}); check the address"
+
+
+def _reason(cause: Exception) -> str:
     if isinstance(cause, urllib3.exceptions.ReadTimeoutError):
         return "no answer in time"
+    # Each of these three is one of the next, too.
     if isinstance(cause, urllib3.exceptions.NameResolutionError):
         return "unknown host"
     if isinstance(cause, urllib3.exceptions.NewConnectionError):
-        return "connection refused"
+        return (getattr(cause.__cause__, "strerror", None) or "no connection").lower()
+    if isinstance(cause, urllib3.exceptions.ConnectTimeoutError):
+        return "no connection in time"
+    if isinstance(cause, urllib3.exceptions.ProtocolError):
+        return "the connection broke off"
     return type(cause).__name__
 
 

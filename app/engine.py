@@ -1,13 +1,16 @@
 """What predicts: the model in this process or a running TorchServe, as chosen in the sidebar."""
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import streamlit as st
 
-from agegender import ModelSpec, Predictor
+from agegender import ModelLoadError, ModelSpec, Predictor
 from agegender.client import DEFAULT_KEY_FILE, DEFAULT_SERVER, Client
+from agegender.spec import read_artifact
 from app.messages import plain
 
 __all__ = ["Engine", "choose_engine", "describe_model", "local_predictor"]
@@ -62,8 +65,14 @@ def local_predictor(model: Path) -> Predictor:
     Raises:
         ModelLoadError: the artifact cannot be used.
     """
-    changed_ns = model.stat().st_mtime_ns if model.is_file() else 0
-    return _load(model, changed_ns)
+    return _load(model, _changed_ns(model))
+
+
+def _changed_ns(model: Path) -> int:
+    try:
+        return model.stat().st_mtime_ns
+    except OSError:  # whoever reads it says why
+        return 0
 
 
 @st.cache_resource(max_entries=2, show_spinner="Loading the model")
@@ -83,7 +92,8 @@ def _choose_server() -> Engine:
         key="key_file",
         persist_state="session",
     )
-    path = None if token or not key_file else Path(key_file.strip()).expanduser()
+    # `Path.expanduser` raises for a user that is not known.
+    path = None if token or not key_file else Path(os.path.expanduser(key_file.strip()))
     client = _connect(address, token or None, path)
     return Engine(client, f"{address} {token} {key_file}")
 
@@ -108,12 +118,22 @@ def describe_model(engine: Engine, local: Path) -> None:
         st.caption("The server names its model with the first answer.")
         return
     about = predictor.about
-    shipped = local_predictor(local).model if local.is_file() else None
-    if shipped and shipped.sha256 == about["sha256"]:
-        _describe(shipped.spec, shipped.sha256)
+    here = _read(local, _changed_ns(local))
+    if here and here[1] == about["sha256"]:
+        _describe(*here)
         return
     st.table(_identity(about["name"], about["version"], about["sha256"]), border="horizontal")
-    st.caption("The server's model is another than the one here, so its test figures are not known here.")
+    st.caption("The server's model is not the one here, so its test figures are not known here.")
+
+
+@st.cache_resource(max_entries=2, show_spinner=False)
+def _read(model: Path, changed_ns: int) -> tuple[ModelSpec, str] | None:
+    """An artifact's spec and SHA-256, for which no network is loaded; None where it cannot be read."""
+    try:
+        spec, data = read_artifact(model)
+    except ModelLoadError:
+        return None
+    return spec, hashlib.sha256(data).hexdigest()
 
 
 def _describe(spec: ModelSpec, sha256: str) -> None:

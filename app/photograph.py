@@ -7,7 +7,7 @@ from typing import Final
 import streamlit as st
 from PIL import Image
 
-from agegender import FacePrediction, ImageResult, decode_image
+from agegender import AgeGenderError, FacePrediction, ImageResult, decode_image
 from agegender.detector import smallest_face_px
 from agegender.draw import annotate, cut_face
 from agegender.image import Pixels
@@ -51,7 +51,7 @@ class View:
     """One input as the page shows it; holds no more of the photograph than what is shown.
 
     Attributes:
-        result: what the predictor said.
+        result: what the predictor said, or why the photograph cannot be shown.
         photo: JPEG of the photograph, without boxes; None where it could not be decoded.
         size: width and height at which it is shown, in pixels of the page.
         portraits: one for each face.
@@ -67,6 +67,13 @@ class View:
         """Brings the photograph to what a page can show; cuts the faces from it as it is."""
         if result.failed:
             return cls(result)
+        try:
+            return cls._decoded(data, result)
+        except (AgeGenderError, MemoryError) as error:  # what predicts may have taken it smaller, or on another machine
+            return cls(ImageResult.from_error(result.path, error))
+
+    @classmethod
+    def _decoded(cls, data: bytes, result: ImageResult) -> "View":
         pixels = decode_image(data)
         faces = tuple(_portrait(face, cut_face(pixels, face.box)) for face in result.faces)
         height, width = pixels.shape[:2]

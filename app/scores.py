@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 from agegender.records import arrow_schema
@@ -142,7 +143,7 @@ class Scores:
         back = np.empty_like(order)
         back[order] = np.arange(len(order))
         rows = self._dataset.take(pa.array(numbers[order]), columns=arrow_schema().names)
-        return _as_written(rows).take(pa.array(back))
+        return rows.take(pa.array(back))
 
     def _masks(self, wanted: Selection) -> list[pa.ChunkedArray]:
         masks = []
@@ -224,15 +225,17 @@ def _lack(output: Output) -> str:
 
 
 def _open(output: Output) -> ds.Dataset:
+    """Reads in the types of the batch job, in which all columns can be filtered and sorted; a copy may have others."""
     paths = [info.path for info in _files(output)]
     try:
-        dataset = ds.dataset(paths, format="parquet", filesystem=output.filesystem)
+        own = pq.read_schema(paths[0], filesystem=output.filesystem)
+        dataset = ds.dataset(paths, format="parquet", filesystem=output.filesystem, schema=arrow_schema())
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(output, error) from error
     for field in arrow_schema():
-        if field.name not in dataset.schema.names:
+        if field.name not in own.names:
             raise OutputError(f"{output.name} holds Parquet of something else: it has no column {field.name}")
-        if _kind(stored := dataset.schema.field(field.name).type) != _kind(field.type):
+        if _kind(stored := own.field(field.name).type) != _kind(field.type):
             raise OutputError(
                 f"{output.name} holds Parquet of something else: its column {field.name} is {stored}, not {field.type}"
             )
@@ -249,14 +252,9 @@ def _kind(stored: pa.DataType) -> str:
     return "text" if is_text else str(stored)
 
 
-def _as_written(table: pa.Table) -> pa.Table:
-    """The same in the types of the batch job."""
-    return table.cast(pa.schema([arrow_schema().field(name) for name in table.column_names]))
-
-
 def _read(output: Output, dataset: ds.Dataset, columns: list[str]) -> pa.Table:
     try:
-        return _as_written(dataset.to_table(columns=columns)).combine_chunks()
+        return dataset.to_table(columns=columns).combine_chunks()
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(output, error) from error
 

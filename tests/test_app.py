@@ -17,10 +17,20 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from agegender import FacePrediction, ImageResult, Item, Predictor, ServerError, decode_image
+from agegender import (
+    AgeGenderError,
+    FacePrediction,
+    ImageResult,
+    ImageTooLargeError,
+    Item,
+    Predictor,
+    ServerError,
+    decode_image,
+)
 from agegender.client import Client
 from agegender.draw import annotate, cut_face
 from agegender.records import arrow_schema, arrow_table
+from agegender.spec import DEFAULT_MODEL
 from batch.errors import OutputError
 from batch.output import Output, Run, now
 from batch.publish import describe
@@ -177,6 +187,35 @@ class TestTryIt:
         app = give(start(), *[(f"{number}.txt", b"hello") for number in range(7)])
         told = ", ".join(f"` {number}.txt `" for number in range(5))
         assert f"0 photographs · 0 faces · 7 files that cannot be used: {told} and 2 more" in texts(app.main.markdown)
+
+    @pytest.mark.parametrize(
+        ("error", "says"),
+        [
+            (MemoryError(), "Unexpected MemoryError."),
+            (ImageTooLargeError("over the limit"), "Over the limit; shrink it."),
+        ],
+    )
+    def test_a_photograph_that_cannot_be_shown_leaves_the_others(
+        self,
+        start: Start,
+        blank_png: bytes,
+        group_jpeg: bytes,
+        monkeypatch: pytest.MonkeyPatch,
+        error: MemoryError | AgeGenderError,
+        says: str,
+    ) -> None:
+        """What predicts decodes by itself: smaller, or on a server with another limit."""
+
+        def decode(data: bytes) -> Any:
+            if data == blank_png:
+                raise error
+            return decode_image(data)
+
+        monkeypatch.setattr("app.photograph.decode_image", decode)
+        app = give(start(), ("blank.png", blank_png), ("group.jpg", group_jpeg))
+        assert not app.exception
+        assert shown(app.error) == [f"` blank.png `: {says}"]
+        assert len(ages(app)) == 2
 
     def test_a_heic_is_called_one(self, start: Start) -> None:
         app = give(start(), ("photo.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"))
@@ -339,6 +378,13 @@ class TestServer:
         assert not app.exception
         assert asked[-1] == ("http://127.0.0.1:9", None, tmp_path / "key_file.json")
 
+    def test_a_key_file_of_a_user_that_is_not_known(self, start: Start, group_jpeg: bytes) -> None:
+        app = self.switch(start(), "http://127.0.0.1:9")
+        app.text_input(key="key_file").set_value("~nobody-of-this-name/keys.json").run()
+        give(app, ("group.jpg", group_jpeg))
+        assert not app.exception
+        assert shown(app.error) == ["Cannot read ~nobody-of-this-name/keys.json: No such file or directory."]
+
     def test_an_address_that_is_none(self, start: Start) -> None:
         app = self.switch(start(), "localhost:8080")
         assert "must begin with http://" in shown(app.error)[0]
@@ -370,23 +416,43 @@ class TestServer:
         assert Engine(client, "server").coverage == 0.8
         assert Engine(predictor, "here").coverage == predictor.model.spec.coverage
 
-    @pytest.mark.parametrize("same", [True, False])
-    def test_figures_are_told_of_the_same_bytes_alone(self, predictor: Predictor, same: bool) -> None:
-        def page(about: dict[str, str]) -> None:
+    def describe(self, about: dict[str, Any], model: Path) -> AppTest:
+        """What is told of a server's model, with that artifact here."""
+
+        def page(about: dict[str, object], model: str) -> None:
+            from pathlib import Path
+
             from agegender.client import Client
-            from agegender.spec import DEFAULT_MODEL
             from app.engine import Engine, describe_model
 
             client = Client()
             client.about = about
-            describe_model(Engine(client, "server"), DEFAULT_MODEL)
+            describe_model(Engine(client, "server"), Path(model))
 
+        return AppTest.from_function(page, args=(about, str(model)), default_timeout=120).run()
+
+    @pytest.mark.parametrize("same", [True, False])
+    def test_figures_are_told_of_the_same_bytes_alone_and_without_the_network(
+        self, predictor: Predictor, same: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engine, "_load", None)
         sha256 = predictor.model.sha256 if same else "0" * 64
-        about = {"name": predictor.model.spec.name, "version": predictor.model.spec.version, "sha256": sha256}
-        app = AppTest.from_function(page, args=(about,), default_timeout=120).run()
+        app = self.describe(predictor.model.spec.identity(sha256), ROOT / DEFAULT_MODEL)
         assert not app.exception
         assert ("test figures are not known here" in app.caption[-1].value) != same
         assert ("Gender correct" in str(app.table[0].value)) == same
+
+    def test_a_damaged_model_here_hides_nothing_of_the_servers(self, predictor: Predictor, tmp_path: Path) -> None:
+        about = predictor.model.spec.identity(predictor.model.sha256)
+        model = tmp_path / "agegender.pt"
+        model.write_bytes(b"PK no more")
+        app = self.describe(about, model)
+        assert not app.exception
+        assert predictor.model.sha256[:12] in str(app.table[0].value)
+        assert "test figures are not known here" in app.caption[-1].value
+        model.write_bytes((ROOT / DEFAULT_MODEL).read_bytes())
+        os.utime(model, (1, 1))
+        assert "Gender correct" in str(self.describe(about, model).table[0].value)
 
     def test_a_model_that_has_changed_is_loaded_anew(self, tmp_path: Path) -> None:
         model = tmp_path / "agegender.pt"
@@ -665,6 +731,25 @@ class TestResults:
         assert str(app.dataframe[0].value["face"].dropna().iloc[-1]) in ("0", "0.0")
         (row,) = Scores(str(out)).rows(np.array([0])).to_pylist()
         assert (row["face"], row["status"]) == (0, "ok")
+
+    @pytest.mark.parametrize(
+        "kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view()], ids=["category", "view"]
+    )
+    def test_paths_of_a_copy_are_looked_for_and_sorted(
+        self, results_page: Callable[[Path], AppTest], out: Path, kind: pa.DataType
+    ) -> None:
+        for file in out.glob("*.parquet"):
+            table = pq.read_table(file)
+            at = table.schema.get_field_index("path")
+            pq.write_table(table.set_column(at, "path", table["path"].cast(kind)), file)
+        app = results_page(out)
+        app.selectbox(key="sort_by").select("path").run()
+        assert not app.exception
+        files = ["blank.png", "broken.jpg", "grace.jpg", "group.jpg", "group.jpg"]
+        assert list(app.dataframe[0].value["file"]) == files
+        app.text_input(key="path_part").set_value("GRACE").run()
+        assert not app.exception
+        assert list(app.dataframe[0].value["file"]) == ["grace.jpg"]
 
     def test_columns_of_another_type_are_told_of(self, results_page: Callable[[Path], AppTest], tmp_path: Path) -> None:
         table = arrow_table([ImageResult("a.png", "ok", None, 200, 200, (FACE,))])

@@ -1,8 +1,11 @@
 """The client against a scripted HTTP server: what it repeats, what it does not, and what it says."""
 
+import errno
 import json
+import os
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from werkzeug.serving import make_ssl_devcert
 
 from agegender import ImageResult, Item, Predictor, ServerError
 from agegender.client import Client
@@ -42,13 +46,15 @@ def scripted() -> Iterator[Callable[..., Script]]:
     servers: list[ThreadingHTTPServer] = []
     scripts: list[Script] = []
 
-    def start(*answers: Any) -> Script:
+    def start(*answers: Any, tls: ssl.SSLContext | None = None) -> Script:
         script = Script(list(answers))
         scripts.append(script)
         server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(script))
         servers.append(server)
+        if tls:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        script.address = f"http://127.0.0.1:{server.server_port}"
+        script.address = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}"
         return script
 
     yield start
@@ -161,7 +167,7 @@ def test_what_was_not_answered_is_sent_again_as_a_whole(scripted: Any, connect: 
 @pytest.mark.parametrize("retries", [0, 1])
 def test_it_is_sent_again_as_often_as_was_asked_for(scripted: Any, connect: Any, retries: int) -> None:
     script = scripted(*["close"] * (retries + 1), (200, ANSWER))
-    with pytest.raises(ServerError, match="does not answer"):
+    with pytest.raises(ServerError, match=r"does not answer \(the connection broke off\)"):
         connect(script, retries=retries).predict([b"1"])
     assert len(script.requests) == retries + 1
 
@@ -403,6 +409,57 @@ def test_a_host_that_nobody_knows(connect: Any, monkeypatch: pytest.MonkeyPatch)
 def test_a_server_that_is_not_there(scripted: Any, connect: Any, unused_address: str) -> None:
     with pytest.raises(ServerError, match="connection refused"):
         connect(Script([], address=unused_address), retries=1).predict([b"1"])
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH)), "network is unreachable"),
+        (OSError("the name has no address"), "no connection"),
+        (TimeoutError(), "no connection in time"),
+    ],
+)
+def test_why_there_is_no_connection(connect: Any, monkeypatch: pytest.MonkeyPatch, error: OSError, reason: str) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("urllib3.util.connection.create_connection", fail)
+    with pytest.raises(ServerError, match=rf"does not answer \({reason}\); is it running\?$"):
+        connect(Script([], address="http://127.0.0.1:9"), retries=0).predict([b"1"])
+
+
+def test_a_certificate_is_refused_until_it_is_trusted_and_for_its_own_name_alone(
+    scripted: Any, connect: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate, key = make_ssl_devcert(str(tmp_path / "own"), host="localhost")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate, key)
+    script = scripted((200, ANSWER), tls=tls)
+    by_number, script.address = script.address, script.address.replace("127.0.0.1", "localhost")
+    refused = rf"^the certificate of {script.address} is not accepted \(self.signed certificate\); .* SSL_CERT_FILE$"
+    with pytest.raises(ServerError, match=refused):
+        connect(script, retries=0).predict([b"1"])
+    assert script.requests == []
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    assert connect(script).predict([b"1"]) == [RESULT]
+    script.address = by_number
+    with pytest.raises(ServerError, match=r"is not accepted \(IP address mismatch, .*; check the address"):
+        connect(script, retries=0).predict([b"1"])
+
+
+def test_a_server_without_tls_is_told_of(connect: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor() as pool:
+        pool.submit(_answer_without_tls, server)
+        address = f"https://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ServerError, match=rf"^{address} does not answer by TLS \([a-z ]+\); check the address$"):
+            connect(Script([], address=address), retries=0).predict([b"1"])
+
+
+def _answer_without_tls(server: socket.socket) -> None:
+    connection, _ = server.accept()
+    with connection:
+        connection.recv(65_536)
+        connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
 
 @pytest.fixture

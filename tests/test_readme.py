@@ -296,6 +296,19 @@ def test_what_is_installed_is_told_by_content_not_by_time(made: Path) -> None:
     assert "pip install" not in run(["make", "-n", "setup"], made).stdout
 
 
+def test_stop_installs_nothing(made: Path) -> None:
+    """Neither under the server that runs, nor before one can be stopped."""
+    (made / "requirements.txt").write_text("numpy==1.0\n")  # as `git pull` brings it
+    assert run(["make", "stop", "ARGS=--help"], made).stdout.splitlines() == ["-m", "handler", "stop", "--help"]
+    program(made / ".venv" / "bin" / "python", "exit 3")
+    assert run(["make", "stop"], made).returncode == 2  # make's own, of any failure
+    shutil.rmtree(made / ".venv")
+    done = run(["make", "stop"], made)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "no server of this checkout runs" in done.stdout
+    assert not (made / ".venv").exists()
+
+
 @pytest.mark.parametrize("call", [line for block in blocks("sh") for line in block.splitlines() if line[:5] == "make "])
 def test_make_knows_each_target(call: str) -> None:
     arguments = call.split("#")[0].replace("path/to/UTKFace", str(ROOT / "tests")).strip()
@@ -339,7 +352,8 @@ def headings(page: Path) -> Iterator[str]:
 
 
 def test_troubleshooting_quotes_messages_that_are_printed() -> None:
-    quoted = blocks("text", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [message for block in blocks("text", page) for message in block.splitlines()]
     pips = [message for message in quoted if message.startswith("ERROR: ")]
     known = [re.compile(template) for template in templates()]
     for message in (message.strip() for message in quoted if message not in pips):
@@ -349,13 +363,13 @@ def test_troubleshooting_quotes_messages_that_are_printed() -> None:
 
 
 def templates() -> Iterator[str]:
-    """Every text of the programs, as an expression in which values match anything."""
+    """Every text of the programs, as an expression in which values match anything in a line."""
     for path in (path for program in PROGRAMS for path in (ROOT / program).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             texts = [str(part.value) if isinstance(part, ast.Constant) else "" for part in parts]
             if len("".join(texts)) > 12:
-                yield "".join(re.escape(text) if text else "(?s:.*)" for text in texts)
+                yield "".join(re.escape(text) if text else ".*" for text in texts)
     yield from map(re.escape, re.findall(r'and "(.*?)"\)', (ROOT / "Makefile").read_text()))
 
 
