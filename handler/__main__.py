@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -104,17 +105,13 @@ def _server(options: argparse.Namespace) -> Server:
     return Server(options.config)
 
 
-def _server_to_start(options: argparse.Namespace) -> Server:
-    server = _server(options)
-    if options.model:
-        server.check_stopped()  # or a restart would serve what this call has built
-        _archive(options.model)
-    return server
+def _build(options: argparse.Namespace) -> Callable[[], None] | None:
+    return partial(_archive, options.model) if options.model else None
 
 
 def _start(options: argparse.Namespace) -> int:
-    server = _server_to_start(options)
-    server.start(options.timeout)
+    server = _server(options)
+    server.start(options.timeout, _build(options))
     print(f"{server.describe()}\nserving on {server.address('inference')}; the keys are in key_file.json")
     return 0
 
@@ -156,9 +153,9 @@ def _heed_signals() -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    server = _server_to_start(options)
+    server = _server(options)
     try:
-        server.start(options.timeout)
+        server.start(options.timeout, _build(options))
         print(server.describe(), flush=True)
         while process := server.process():
             with suppress(psutil.TimeoutExpired):  # looks again, since of a zombie it would wait for ever

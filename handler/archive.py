@@ -1,6 +1,7 @@
 """Builds the model archive that TorchServe loads: handler, core, artifact and detector, byte for byte reproducible."""
 
 import json
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,11 +37,14 @@ def build_archive(model: Path = DEFAULT_MODEL, target: Path = ARCHIVE) -> str:
     """
     version = Model(model, device="cpu").spec.version
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_suffix(".mar.part")
-    with zipfile.ZipFile(unfinished, "w") as archive:
-        for name, data in sorted(_members(model, version)):
-            _write(archive, name, data)
-    unfinished.replace(target)
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")  # another process may be building it as well
+    try:
+        with zipfile.ZipFile(unfinished, "w") as archive:
+            for name, data in sorted(_members(model, version)):
+                _write(archive, name, data)
+        unfinished.replace(target)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return version
 
 

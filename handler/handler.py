@@ -25,7 +25,7 @@ from agegender.records import to_json
 from agegender.result import FacesMode, Item
 from handler import ARTIFACT, BUSY_LOCK, DETECTOR_WEIGHTS, DRAINING
 from handler.metrics import Metrics
-from handler.request import MAX_PIXELS, Options, Request, RequestError, parse_request
+from handler.request import MAX_PIXELS, Options, Request, RequestError, count_pixels, parse_request
 
 __all__ = ["AgeGenderHandler"]
 
@@ -106,8 +106,12 @@ class AgeGenderHandler:
             return [_INTERNAL] * len(requests)
 
     def _results(self, predictor: Predictor, items: Sequence[Item], alone: bool) -> list[ImageResult]:
-        """One for each image, in order; a core takes a share of them, unless other workers want the cores."""
-        share = max(1, math.ceil(len(items) / (self._cores if alone else 1)))
+        """One for each image, in order; a core takes a share of them, unless other workers want the cores.
+
+        Nor where the images, decoded at once, could take more memory than a single one may.
+        """
+        is_shared = alone and sum(map(count_pixels, items)) <= MAX_PIXELS
+        share = max(1, math.ceil(len(items) / (self._cores if is_shared else 1)))
         others = [
             self._threads.submit(predictor.predict, items[at : at + share]) for at in range(share, len(items), share)
         ]

@@ -21,6 +21,7 @@ __all__ = [
     "Options",
     "Request",
     "RequestError",
+    "count_pixels",
     "parse_request",
 ]
 
@@ -125,6 +126,7 @@ _OPTIONS: Final[Mapping[str, Callable[[str, str], object]]] = {
     "max_faces": _count,
     "require_face": _flag,
 }
+_MAX_MISSPELT: Final = 3 * max(map(len, _OPTIONS))  # difflib finds nothing longer alike
 _HELP: Final = f"the options are {', '.join(_OPTIONS)}"
 _JSON_HELP: Final = 'send {"instances": [{"data": "<base64>"}]}'
 _UNTOLD_JSON: Final = "the request looks like JSON; send it with Content-Type: application/json"
@@ -232,7 +234,8 @@ def _may_be_option(name: str, value: Any) -> bool:
 
 
 def _is_like_an_option(name: str) -> bool:
-    return bool(get_close_matches(name.lower(), _OPTIONS))
+    """The length comes first: a key of a whole body's size would be compared for seconds, in a gigabyte."""
+    return len(name) <= _MAX_MISSPELT and bool(get_close_matches(name.lower(), _OPTIONS))
 
 
 def _is_image(value: Any) -> bool:
@@ -354,7 +357,7 @@ def _check_count(count: int) -> None:
 
 def _check_pixels(items: tuple[Item, ...]) -> None:
     """Bounds the pixels of all images together; one image alone is left to the predictor's own check."""
-    if len(items) > 1 and (pixels := sum(map(_pixels, items))) > MAX_PIXELS:
+    if len(items) > 1 and (pixels := sum(map(count_pixels, items))) > MAX_PIXELS:
         raise RequestError(
             413,
             "too_large",
@@ -373,9 +376,10 @@ def _check_faces(count: int) -> None:
         )
 
 
-def _pixels(item: Item) -> int:
+def count_pixels(item: Item) -> int:
+    """Of an image, as its header announces them; none of one that the predictor will refuse."""
     try:
-        header = read_header(item.data)
+        header = read_header(item.data, max_pixels=MAX_PIXELS)
     except AgeGenderError:
         return 0
     return header.width * header.height

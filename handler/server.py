@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -38,11 +39,15 @@ _ADDRESSES: Final = {"inference": "http://127.0.0.1:8080", "management": "http:/
 ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that ask a process to end."""
 
+_ONE_ARCHIVE: Final = re.compile(r"[^,=/]+\.mar")  # load_models may be a list, name its models, or be `all`
+
 _TELLING: Final = re.compile(r"\w+(Error|Exception):|Failed|Invalid configuration|not found")
+
+_log = logging.getLogger(__name__)
 
 
 class ServingError(Exception):
-    """The server cannot be started or stopped; one sentence says why and what to do."""
+    """The server cannot be started, asked or stopped; one sentence says why and what to do."""
 
 
 class Server:
@@ -64,28 +69,24 @@ class Server:
         self.temporary = _private_directory(self.directory)
         self._old_log_bytes = 0
 
-    def check_stopped(self) -> None:
-        """Makes sure that the server does not run.
-
-        Raises:
-            ServingError: it does.
-        """
-        if self.process():
-            raise ServingError("the server runs already; `make stop` stops it")
-
-    def start(self, timeout_s: float = 120.0) -> None:
+    def start(self, timeout_s: float = 120.0, build: Callable[[], object] | None = None) -> None:
         """Starts the server and returns when every worker answers.
+
+        Args:
+            timeout_s: it has this long for that.
+            build: makes the archive, while no other start can; not called where a server runs or a port is taken.
 
         Raises:
             ServingError: it runs already, a file or Java is missing, a port is taken, its temporary directory is
                 someone else's, or it is not ready in time; it is stopped then.
         """
         with self._alone():
-            self.check_stopped()
-            archive = self._path("model_store", "model_store") / self.settings.get("load_models", "")
-            if not archive.is_file():
-                raise ServingError(f"{archive} is missing; build it with `make archive`")
+            if self.process():
+                raise ServingError("the server runs already; `make stop` stops it")
             self._check_ports()
+            if build:
+                build()
+            self._check_archive()
             _make_private(self.temporary)
             try:
                 self._launch()
@@ -150,12 +151,20 @@ class Server:
             return False
 
     def ready(self) -> bool:
-        """Whether every worker has loaded the model; an orchestrator sends no requests before."""
+        """Whether every worker has loaded the model; an orchestrator sends no requests before.
+
+        Raises:
+            ServingError: the server refuses the management key.
+        """
         workers = [worker for version in self._versions() for worker in version["workers"]]
         return bool(workers) and all(worker["status"] == "READY" for worker in workers)
 
     def describe(self) -> str:
-        """For people: versions, workers and queue."""
+        """For people: versions, workers and queue.
+
+        Raises:
+            ServingError: see `ready`.
+        """
         versions = self._versions()
         if not versions:
             return "starting" if self.process() else "stopped"
@@ -191,13 +200,30 @@ class Server:
 
     def _check_ports(self) -> None:
         """TorchServe's own error does not say which one is taken."""
-        for name, value in self.settings.items():
-            address = urlsplit(value)
-            host, port = (None, int(value)) if name.endswith("_port") else (address.hostname, address.port)
-            if name.endswith(("_address", "_port")) and port and not _is_bindable(host or "127.0.0.1", port):
+        listeners = [each for each in self.settings.items() if each[0].endswith(("_address", "_port"))]
+        for name, value in listeners:
+            host, port = self._listener(name, value)
+            if port and not _is_bindable(host, port):
                 raise ServingError(
                     f"Address already in use: {name} {port}; stop what listens there, or change it in {self.config}"
                 )
+
+    def _listener(self, name: str, value: str) -> tuple[str, int | None]:
+        """Host and port of a setting that is an address or a port alone."""
+        try:
+            address = urlsplit(f"//127.0.0.1:{value}" if name.endswith("_port") else value)
+            return address.hostname or "127.0.0.1", address.port
+        except ValueError as error:
+            raise ServingError(f"{name}={value} in {self.config} is no address: {error}") from error
+
+    def _check_archive(self) -> None:
+        """TorchServe would start without it, and no worker would ever be ready."""
+        name = self.settings.get("load_models")
+        if not name:
+            raise ServingError(f"{self.config} has no load_models; add load_models=agegender.mar")
+        archive = self.directory / self.settings.get("model_store", "model_store") / name
+        if _ONE_ARCHIVE.fullmatch(name) and not archive.is_file():
+            raise ServingError(f"{archive} is missing; build it with `make archive`")
 
     def _launch(self) -> None:
         (self.directory / "logs").mkdir(exist_ok=True)
@@ -246,34 +272,47 @@ class Server:
 
     def _drain(self, workers: list[psutil.Process], deadline: float) -> None:
         """Waits for the queue to empty, turns new requests away, and waits for the batches in work."""
-        _wait(lambda: not any(each["jobQueueStatus"]["pendingRequests"] for each in self._versions()), deadline - 5)
+        try:
+            _wait(lambda: not any(each["jobQueueStatus"]["pendingRequests"] for each in self._versions()), deadline - 5)
+        except ServingError as error:
+            _log.warning("%s; requests that wait in its queue were not waited for", error)
         locks = set(_busy_locks(workers))
+        if workers and not locks and time.monotonic() < deadline:
+            _log.warning(
+                "the workers' locks are not to be seen from here, as under systemd's PrivateTmp; "
+                "requests in work were not waited for"
+            )
         for lock in locks:
             lock.with_name(DRAINING).touch()
         if locks and _wait(lambda: all(map(_is_free, locks)), deadline):
             time.sleep(0.5)  # the last answers are on their way through the server to their callers
 
     def _versions(self) -> list[dict[str, Any]]:
-        """What the management API says of each version of the model; empty while it cannot."""
+        """What the management API says of each version of the model; empty while it cannot.
+
+        Raises:
+            ServingError: see `ready`.
+        """
         try:
             status, body = self._get("management", f"/models/{MODEL_NAME}/all")
             versions = json.loads(body) if status == 200 else []
         except (OSError, HTTPException, json.JSONDecodeError, UnicodeDecodeError):  # the last two: it is another server
             return []
+        if status == 400 and b"InvalidKeyException" in body:
+            raise ServingError(
+                f"the server refuses the management key of {self.directory / KEY_FILE}, as one that has expired or is "
+                "another server's; renew the keys as docs/operations.md shows under Tokens"
+            )
         return versions if isinstance(versions, list) else []
 
     def _get(self, api: str, path: str) -> tuple[int, bytes]:
-        address = urlsplit(self.address(api))
-        connection = HTTPConnection(address.hostname or "127.0.0.1", address.port, timeout=5)
+        connection = HTTPConnection(*self._listener(f"{api}_address", self.address(api)), timeout=5)
         try:
             connection.request("GET", path, headers={"Authorization": f"Bearer {self.key(api)}"})
             response = connection.getresponse()
             return response.status, response.read()
         finally:
             connection.close()
-
-    def _path(self, name: str, default: str) -> Path:
-        return self.directory / self.settings.get(name, default)
 
 
 def java_home() -> Path:

@@ -20,7 +20,7 @@ from ts.metrics.caching_metric import CachingMetric as TorchServesMetric
 from agegender import FacePrediction, ImageResult, Predictor
 from agegender.records import from_json
 from handler import BUSY_LOCK, DRAINING
-from handler.archive import build_archive
+from handler.archive import _members, build_archive
 from handler.handler import AgeGenderHandler
 from handler.metrics import Metrics
 
@@ -272,6 +272,22 @@ def test_a_worker_that_is_alone_shares_its_images_out_over_the_cores(
     assert alone == [pytest.approx(each, abs=1e-2) for each in beside]
 
 
+def test_images_that_are_large_together_are_looked_at_one_by_one(
+    handler: AgeGenderHandler, context: Context, group_jpeg: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decoded at once, they would take more memory than a worker has for an image of the largest size."""
+    shares: list[int] = []
+    predict = Predictor.predict
+    monkeypatch.setattr(Predictor, "predict", lambda self, items: shares.append(len(items)) or predict(self, items))
+    monkeypatch.setattr(handler, "_cores", 2)
+    monkeypatch.setattr("handler.handler.MAX_PIXELS", 2 * 900 * 620)
+    handler.handle([{"body": group_jpeg}] * 2, context)
+    assert shares == [1, 1]
+    handler.handle([{"body": group_jpeg}] * 3, context)
+    assert shares == [1, 1, 3]
+    assert set(context.statuses.values()) == {200}
+
+
 def test_counts_stages_answers_and_faces(
     handler: AgeGenderHandler, context: Context, group_jpeg: bytes, blank_png: bytes
 ) -> None:
@@ -351,6 +367,24 @@ def test_a_build_that_fails_leaves_the_old_archive_whole(
     with pytest.raises(OSError, match="No space left"):
         build_archive(model_path, target)
     assert target.read_bytes() == archive.read_bytes()
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_archive_that_two_build_at_once_is_whole(
+    archive: Path, tmp_path: Path, model_path: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "agegender.mar"
+    another = [sys.executable, "-m", "handler", "archive", "--model", str(model_path), "--output", str(target)]
+
+    def members(*arguments: Any) -> Iterator[tuple[str, bytes]]:
+        subprocess.run(another, cwd=repository, check=True, capture_output=True)
+        assert target.read_bytes() == archive.read_bytes()
+        yield from _members(*arguments)
+
+    monkeypatch.setattr("handler.archive._members", members)
+    build_archive(model_path, target)
+    assert target.read_bytes() == archive.read_bytes()
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_the_archive_needs_nothing_of_the_repository_nor_the_package_of_the_detector(unpacked: Path) -> None:

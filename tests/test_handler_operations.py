@@ -98,6 +98,20 @@ def test_the_proxy_passes_predictions_with_their_options_and_nothing_else(
         assert 429 in set(burst)
 
 
+def test_both_keys_are_renewed_as_the_guide_shows(guide: str, server: Server) -> None:
+    if not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+    names = ("inference", "management")
+    old = {server.key(name) for name in names}
+    renewal = block(guide[guide.index("\n## Tokens") :], "sh")
+    assert "http://127.0.0.1:8081" in renewal
+    program = renewal.replace("http://127.0.0.1:8081", server.address("management"))
+    subprocess.run(["sh", "-ec", program], env={**os.environ, "API_KEY": server.key("API")}, check=True)
+    assert old.isdisjoint({server.key(name) for name in names})
+    assert server.ready()
+    assert server.live()
+
+
 @pytest.mark.slow
 def test_run_serves_until_it_is_told_to_stop(
     new_server: Callable[[], Server], repository: Path, group_jpeg: bytes

@@ -99,6 +99,15 @@ def test_other_keys_of_json_are_none_of_ours() -> None:
     parse_request(as_json({"instances": [instance(b"1", path="a", **more)], "parameters": {}, **more}), JSON)
 
 
+def test_a_long_key_of_json_is_compared_with_no_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would take seconds and a gigabyte where it is as long as a body may be."""
+    compared: list[str] = []
+    monkeypatch.setattr("handler.request.get_close_matches", lambda name, _: compared.append(name))
+    long = {"max_faces" * 1000: "1"}
+    parse_request(as_json({"instances": [instance(b"1", **long)], **long}), JSON)
+    assert compared == ["instances", "data"]
+
+
 @pytest.mark.parametrize("content_type", ["Application/JSON; charset=utf-8", "application/vnd.api+json"])
 def test_json_is_known_by_its_type_whatever_the_spelling(content_type: str) -> None:
     request = parse_request(as_json(instance(b"1")), {"content-type": content_type})
@@ -259,6 +268,12 @@ def test_the_pixels_of_one_image_are_left_to_the_predictor(encode: Any) -> None:
     """Which tells its size as well."""
     too_large = encode(Image.new("1", (7200, 7200)), "PNG")
     assert len(parse_request({"a": too_large}, {}).items) == 1
+
+
+def test_an_image_that_is_too_large_is_refused_by_itself_among_others(encode: Any) -> None:
+    """Sending several requests would not help it, and the others need none."""
+    too_large, small = encode(Image.new("1", (7200, 7200)), "PNG"), encode(Image.new("L", (9, 9)), "PNG")
+    assert len(parse_request({"a": too_large, "b": small}, {}).items) == 2
 
 
 def test_json_of_which_torchserve_made_no_field_is_told_its_type() -> None:

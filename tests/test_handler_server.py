@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -91,6 +92,16 @@ def test_a_start_that_is_refused_leaves_the_archive_of_the_running_server(
     assert [path.stat().st_size for path in Path("model_store").iterdir()] == [0], "the old one, and no other"
 
 
+def test_a_start_beside_another_leaves_the_archive_that_the_other_serves(
+    stopped: Server, model_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(stopped.directory)
+    with stopped._alone():
+        assert main(["start", "--model", str(model_path), "--config", str(stopped.config)]) == 2
+    assert "is being started already" in capsys.readouterr().err
+    assert [path.stat().st_size for path in Path("model_store").iterdir()] == [0], "the old one, and no other"
+
+
 def test_an_archive_that_is_missing_is_told_with_what_builds_it(
     stopped: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +113,45 @@ def test_an_archive_that_is_missing_is_told_with_what_builds_it(
     assert str(refused.value) == f"{archive} is missing; build it with `make archive`"
 
 
+def test_settings_without_a_model_are_refused_at_once(stopped: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    del stopped.settings["load_models"]
+    monkeypatch.setattr(stopped, "_launch", lambda: pytest.fail("it is started all the same"))
+    with pytest.raises(ServingError, match=r"has no load_models; add load_models=agegender\.mar"):
+        stopped.start()
+
+
+@pytest.mark.parametrize("models", ["all", "ALL", "a.mar,b.mar", "agegender=new.mar", "https://example.org/new.mar"])
+def test_models_that_are_no_single_archive_are_left_to_torchserve(
+    stopped: Server, monkeypatch: pytest.MonkeyPatch, models: str
+) -> None:
+    assert _starts(stopped, monkeypatch, load_models=models)
+
+
+def test_a_setting_that_is_no_address_may_look_like_one(stopped: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _starts(stopped, monkeypatch, allowed_urls="http://localhost:(80|90)/.*")
+
+
+def _starts(server: Server, monkeypatch: pytest.MonkeyPatch, **settings: str) -> bool:
+    """Whether TorchServe would be run under these settings."""
+    launched: list[bool] = []
+    server.settings.update(settings)
+    monkeypatch.setattr(server, "_launch", lambda: launched.append(True))
+    monkeypatch.setattr(server, "_wait_until_ready", lambda _: None)
+    server.start()
+    return launched == [True]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("metrics_address", "http://127.0.0.1:port"), ("grpc_inference_port", "70700"), ("grpc_inference_port", "grpc")],
+)
+def test_a_setting_that_is_no_address_is_named(stopped: Server, setting: str, value: str) -> None:
+    stopped.settings[setting] = value
+    with pytest.raises(ServingError) as refused:
+        stopped.start()
+    assert str(refused.value).startswith(f"{setting}={value} in {stopped.config} is no address: Port ")
+
+
 @pytest.mark.parametrize(
     "setting", ["inference_address", "management_address", "metrics_address", "grpc_inference_port"]
 )
@@ -109,7 +159,7 @@ def test_a_port_that_is_taken_is_named(stopped: Server, monkeypatch: pytest.Monk
     monkeypatch.setattr(stopped, "_launch", lambda: pytest.fail("it is started all the same"))
     port = int(stopped.settings[setting].rpartition(":")[2])
     with socket.create_server(("127.0.0.1", port)), pytest.raises(ServingError) as refused:
-        stopped.start()
+        stopped.start(build=lambda: pytest.fail("it builds an archive all the same"))
     told = f"Address already in use: {setting} {port}; stop what listens there, or change it in {stopped.config}"
     assert str(refused.value) == told
 
@@ -171,6 +221,49 @@ def test_an_interrupt_while_it_drains_ends_the_server(
     with pytest.raises(KeyboardInterrupt):
         stopped.stop()
     assert java.wait(timeout=10) is not None
+
+
+def _refuse(*_: Any) -> tuple[int, bytes]:
+    """As TorchServe does where a token is wrong, missing or has expired."""
+    return 400, b'{"code": 400, "type": "InvalidKeyException", "message": "Token Authentication failed."}'
+
+
+@pytest.mark.parametrize("command", ["status", "ready"])
+def test_a_management_key_that_is_refused_is_told(
+    stopped: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """It is no sign of a server that is not ready."""
+    monkeypatch.chdir(stopped.directory)
+    monkeypatch.setattr(Server, "_get", _refuse)
+    assert main([command, "--config", str(stopped.config)]) == 2
+    told = capsys.readouterr()
+    key_file = stopped.directory / "key_file.json"
+    assert told.out == ""
+    assert told.err.startswith(f"handler: the server refuses the management key of {key_file}, ")
+
+
+def test_a_server_that_refuses_the_key_is_stopped_with_what_was_not_waited_for(
+    stopped: Server,
+    java: "subprocess.Popen[bytes]",
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(stopped, "_get", _refuse)
+    assert stopped.stop()
+    assert java.wait(timeout=10) is not None
+    assert "refuses the management key" in caplog.text
+    assert "requests that wait in its queue were not waited for" in caplog.text
+
+
+def test_workers_whose_locks_cannot_be_seen_are_told_where_they_would_be_waited_for(
+    stopped: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those under systemd's PrivateTmp cannot."""
+    worker = psutil.Process()  # which has no lock where it runs
+    stopped._drain([worker], time.monotonic())
+    assert caplog.text == ""
+    stopped._drain([worker], time.monotonic() + 10)
+    assert "the workers' locks are not to be seen from here" in caplog.text
 
 
 def test_a_second_start_waits_for_no_first_and_harms_it_not(stopped: Server) -> None:

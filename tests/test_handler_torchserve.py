@@ -253,6 +253,13 @@ class TestTokens:
             assert http.request(method, address + path, headers=headers).status == 400
         assert server.ready()
 
+    def test_a_management_key_that_is_refused_is_told(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+        for key in ("", "old", server.key("inference")):
+            monkeypatch.setattr(server, "key", lambda _, key=key: key)
+            for ask in (server.ready, server.describe):
+                with pytest.raises(ServingError, match="the server refuses the management key of"):
+                    ask()
+
     def test_keys_are_for_the_owner_alone(self, server: Server) -> None:
         assert (server.directory / KEY_FILE).stat().st_mode & 0o077 == 0
 
