@@ -1,10 +1,11 @@
 """What this process has of the machine: its cores, the memory that it freed, and the directories that it locks."""
 
 import ctypes
+import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -16,12 +17,40 @@ _HEAP_BYTES: Final = 64 * 2**20
 # More than a batch needs, less than an image of the largest size, after which a worker shall not stay that large.
 _KEPT_BYTES: Final = 256 * 2**20
 
+# Of both versions of Linux's control groups.
+_GROUPS: Final = Path("/sys/fs/cgroup")
+_OWN_GROUPS: Final = Path("/proc/self/cgroup")
+_QUOTAS: Final = (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us"))
+
 
 def core_count() -> int:
-    """How many cores this process may use; where the system does not say, as macOS does not, all of them."""
+    """How many cores this process may use; where the system does not say, as macOS does not, all of them.
+
+    No more than a container's quota, rounded up: more processes than that would keep halting each other.
+    """
     if sys.platform == "linux":
-        return len(os.sched_getaffinity(0))
+        return math.ceil(min([len(os.sched_getaffinity(0)), *_quotas()]))
     return os.cpu_count() or 1
+
+
+def _quotas() -> Iterator[float]:
+    """Cores at a time, of each control group that limits them."""
+    for group in _groups():
+        for names in _QUOTAS:
+            with suppress(OSError, ValueError):  # it has none: no such file, or the word `max`
+                quota, period = (int(word) for name in names for word in (group / name).read_text().split())
+                if quota > 0:
+                    yield quota / period
+
+
+def _groups() -> Iterator[Path]:
+    """Folders of the control groups around this process; a container sees its own as the outermost."""
+    with suppress(OSError):
+        for line in _OWN_GROUPS.read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if not kinds or "cpu" in kinds.split(","):  # of version 2, or of version 1
+                group = _GROUPS / ("cpu" if kinds else "") / path.lstrip("/")
+                yield from (group, *group.parents)
 
 
 @contextmanager

@@ -216,7 +216,8 @@ def _parser() -> argparse.ArgumentParser:
         "--max-bad",
         type=_max_bad,
         metavar="LIMIT",
-        help="stop when more inputs than this fail: a number, such as 20, or a share, such as 5%% (default: never)",
+        help="stop when more inputs than this fail: a number, such as 20, or a share of all, such as 5%% "
+        "(default: never)",
     )
     how.add_argument("--follow-links", action="store_true", help="enter links to directories, each directory once")
     how.add_argument("--dry-run", action="store_true", help="list and estimate, and write nothing")

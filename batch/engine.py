@@ -17,7 +17,7 @@ import ray
 
 from agegender.process import core_count, directory_lock
 from batch.errors import BatchError, JobError, RequestError, first_line
-from batch.interrupts import told_if_killed
+from batch.interrupts import children_outlast_terminal, told_if_killed
 from batch.request import Resources
 
 __all__ = ["quiet", "running_engine", "worker_count"]
@@ -29,6 +29,7 @@ _SCRATCH: Final = "agegender-ray-"
 _STARTS: Final = 3
 _ANSWER_S: Final = 10.0
 _ANY_CLUSTER: Final = "auto"  # Ray's word for one that runs on this machine
+_CLIENT: Final = "ray://"
 
 
 @contextlib.contextmanager
@@ -37,18 +38,12 @@ def running_engine(resources: Resources) -> Iterator[None]:
 
     Raises:
         JobError: it does not start.
-        RequestError: it has fewer GPUs than asked for, or the address is none of a cluster.
+        RequestError: it has fewer GPUs than asked for, or the address is none that the job can use.
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with _scratch() as folder, told_if_killed(), quiet(os.path.join(folder, "engine.log")):
         try:
-            _start(resources, folder)
-        except SystemExit:  # of Ray's own handler, which says nothing
-            signal.signal(signal.SIGTERM, on_sigterm)
-            signal.raise_signal(signal.SIGTERM)
-        finally:
-            signal.signal(signal.SIGTERM, on_sigterm)
-        try:
+            _start_interruptibly(resources, folder)
             _check_gpus(resources)
             yield
         finally:
@@ -63,6 +58,18 @@ def worker_count(resources: Resources) -> int:
     if resources.address:
         return max(1, int(ray.cluster_resources().get("CPU", 1)) - _SPARE_CPUS)
     return core_count()
+
+
+def _start_interruptibly(resources: Resources, folder: str) -> None:
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        with children_outlast_terminal():
+            _start(resources, folder)
+    except SystemExit:  # of Ray's own handler, which says nothing
+        signal.signal(signal.SIGTERM, on_sigterm)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _start(resources: Resources, folder: str) -> None:
@@ -113,11 +120,16 @@ def _check_answers(address: str) -> None:
     """Ray itself tries for minutes, without a word."""
     if address == _ANY_CLUSTER:
         return
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith(_CLIENT):  # Ray's client refuses tasks with streams of results, as all of Ray Data's are
+        raise RequestError(
+            f"Ray Data does not run behind {address}; on a node of the cluster give HOST:PORT or auto, elsewhere use "
+            "`ray job submit`"
+        )
+    host, colon, port = address.rpartition(":")
     if not colon or not port.isdecimal():
         raise RequestError(
-            f"{address} is no address of a Ray cluster; give HOST:PORT, ray://HOST:PORT or auto, or local for a "
-            "private one, see --address and RAY_ADDRESS"
+            f"{address} is no address of a Ray cluster; give HOST:PORT or auto, or local for a private one, see "
+            "--address and RAY_ADDRESS"
         )
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end the job, wherever it is; and what ends it from outside is told of."""
+"""Ctrl-C, SIGTERM and a terminal that closes end the job, wherever it is; and what ends it from outside is told of."""
 
 import contextlib
 import os
@@ -13,9 +13,11 @@ from typing import Final
 
 from batch.progress import tell
 
-__all__ = ["INTERRUPTED", "exit_if_stuck", "heed_interrupts", "told_if_killed"]
+__all__ = ["INTERRUPTED", "children_outlast_terminal", "exit_if_stuck", "heed_interrupts", "told_if_killed"]
 
 INTERRUPTED: Final = 130  # the exit code, as of a program that a shell's Ctrl-C has ended
+
+_ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # After an interrupt: until it must have been heard, until another one ends the program at once, until all has ended.
 _HEARD_S, _IMPATIENT_S, _ENDED_S = 10, 5, 40
@@ -40,7 +42,9 @@ _witnesses: Final[set[int]] = set()
 
 
 def heed_interrupts() -> threading.Event:
-    """Lets Ctrl-C and SIGTERM raise KeyboardInterrupt, once: what follows finds the program tidying up, and lets it.
+    """Lets Ctrl-C, SIGTERM and a terminal that closes raise KeyboardInterrupt.
+
+    Once: what follows finds the program tidying up, and lets it.
 
     Returns:
         What is set from the first one on.
@@ -59,8 +63,9 @@ def heed_interrupts() -> threading.Event:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, handle)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is in scripts behind `&`
-        signal.signal(signal.SIGINT, handle)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as in scripts behind `&`, and behind nohup
+            signal.signal(number, handle)
     return handled
 
 
@@ -123,11 +128,24 @@ def _interrupted(reader: socket.socket, timeout_s: float | None) -> bool | None:
     reader.settimeout(timeout_s)
     try:
         while number := reader.recv(1):
-            if number[0] in (signal.SIGINT, signal.SIGTERM):
+            if number[0] in _ENDING:
                 return True
     except TimeoutError:
         return None
     return False
+
+
+@contextlib.contextmanager
+def children_outlast_terminal() -> Iterator[None]:
+    """What is started inside this context does not end with the terminal; this one is told at the latest after it.
+
+    A terminal that closes tells all processes of the job, and without Ray's there is no tidying up.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

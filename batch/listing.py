@@ -12,6 +12,7 @@ import glob
 import hashlib
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
@@ -23,7 +24,7 @@ from pyarrow import fs
 from batch.errors import SourceError, first_line
 from batch.location import decode_path, encode_path, filesystem_of, is_pattern, is_remote, normalize
 
-__all__ = ["MANIFEST_SCHEMA", "Input", "Listing", "block_size", "blocks_of", "digest", "shard_count"]
+__all__ = ["KNOWN", "MANIFEST_SCHEMA", "TWICE", "Input", "Listing", "block_size", "blocks_of", "digest", "shard_count"]
 
 # One shard is held in memory and sorted by name.
 _SHARD_INPUTS: Final = 65_536
@@ -31,10 +32,12 @@ _SHARD_INPUTS: Final = 65_536
 # A list is read in pieces of this size, and no path is as long.
 _LIST_BYTES: Final = 1 << 20
 
-# Why a glob passes a directory without a word: it is none, or may not be listed.
-_PASSED: Final = (errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP)
+# Why a glob passes a directory without a word: it is none.
+_PASSED: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 _REACHED: Final = "directory that was reached before, or the output itself"
+TWICE: Final = "named twice"
+KNOWN: Final = "already in the output"
 
 MANIFEST_SCHEMA: Final = pa.schema(
     [
@@ -57,7 +60,7 @@ class Listing:
     """Finds the inputs of some sources, each once.
 
     A source is a directory (walked recursively), a quoted glob, a `.txt` list with a path in each line, a `.parquet`
-    list with a column `path`, a single file, or any of these behind a URI such as `s3://bucket/prefix`.
+    list with a column `path`, a single file, or any of these but a glob behind a URI such as `s3://bucket/prefix`.
 
     Attributes:
         sources: names, see `batch.location`.
@@ -89,6 +92,8 @@ class Listing:
                 there = _exists(source)
             except (OSError, ValueError) as error:
                 raise SourceError(f"{source} cannot be reached: {first_line(error)}") from error
+            if not there and is_remote(source) and glob.has_magic(source):
+                raise SourceError(f"{source} does not exist, and globs are for local files; give the prefix, or a list")
             if not there and not _is_glob(source):
                 raise SourceError(f"{source} does not exist; check the name, or give another source")
             if _is_glob(source) and any(b"**" in part != b"**" for part in decode_path(source).split(b"/")):
@@ -119,13 +124,17 @@ class Listing:
         return self._once(set() if known is None else known)
 
     def _once(self, known: set[bytes]) -> Iterator[Input]:
+        found = set[bytes]() if known else known  # one set holds all names where nothing is known
         for each in self._all():
             key = digest(each.path)
-            if key in known:
-                self.excluded["named twice or already in the output"] += 1
-                continue
-            known.add(key)
-            yield each
+            if key in found:
+                self.excluded[TWICE] += 1
+            elif key in known:
+                self.excluded[KNOWN] += 1
+            else:
+                found.add(key)
+                yield each
+        known |= found
 
     def _is_skipped(self, name: str) -> bool:
         """Whether it is the output or lies there, by whatever name."""
@@ -228,43 +237,52 @@ class Listing:
 
 
 def _unlisted(folder: bytes, error: OSError) -> Input:
-    return Input(encode_path(folder), f"the directory cannot be listed: {error.strerror}")
+    path = os.path.abspath(folder)  # without the slash of `**`
+    return Input(encode_path(path), f"the directory cannot be listed: {error.strerror}")
 
 
 def _expand(pattern: bytes) -> Iterator[tuple[bytes, OSError | None]]:
-    """What an absolute glob matches, hidden names too, and where the disk failed; passes what may not be listed.
+    """What an absolute glob matches, hidden names too, and the directories that cannot be listed.
 
     `**` follows no links, which might lead round in circles. Not by pathlib, which calls itself for each level of
     directories, and ends where one goes while it looks.
     """
     pending = [(b"/", [part for part in pattern.split(b"/") if part])]
     deep = set[tuple[bytes, int]]()  # two `**` may lead to a directory in several ways
+    unlisted = set[bytes]()
     while pending:
         folder, parts = pending.pop()
-        if parts[:1] == [b"**"] and not os.path.isdir(folder):
-            continue
-        if not parts or parts == [b"**"]:  # what is found is walked, with all directories in it
-            yield (folder + b"/" if parts else folder), None  # by that slash, a link to a directory is one
-            continue
-        if not glob.has_magic(parts[0]):
-            if os.path.lexists(path := os.path.join(folder, parts[0])):
-                pending.append((path, parts[1:]))
-            continue
-        if parts[0] == b"**":
-            if (key := (folder, len(parts))) in deep:
-                continue
-            deep.add(key)
-            pending.append((folder, parts[1:]))
         try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if rest := _left_of(parts, entry):
-                        pending.append((entry.path, rest))
-                    elif rest is not None:
-                        yield entry.path, None
+            if parts[0] == b"**":
+                if (folder, len(parts)) in deep or not stat.S_ISDIR(os.stat(folder).st_mode):
+                    continue
+                deep.add((folder, len(parts)))
+                if len(parts) == 1:  # what is found is walked, with all directories in it
+                    yield folder + b"/", None  # by that slash, a link to a directory is one
+                    continue
+                pending.append((folder, parts[1:]))
+            for path, rest in _next(folder, parts):
+                if rest:
+                    pending.append((path, rest))
+                else:
+                    yield path, None
         except OSError as error:
-            if error.errno not in _PASSED:
+            if error.errno not in _PASSED and folder not in unlisted:
+                unlisted.add(folder)
                 yield folder, error
+
+
+def _next(folder: bytes, parts: list[bytes]) -> Iterator[tuple[bytes, list[bytes]]]:
+    """What in a directory matches the first part, and the parts still to match there."""
+    if not glob.has_magic(parts[0]):
+        path = os.path.join(folder, parts[0])
+        os.lstat(path)
+        yield path, parts[1:]
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if (rest := _left_of(parts, entry)) is not None:
+                yield entry.path, rest
 
 
 def _left_of(parts: list[bytes], entry: "os.DirEntry[bytes]") -> list[bytes] | None:

@@ -151,8 +151,10 @@ def read_bytes(name: str, *, max_bytes: int) -> bytes:
         with filesystem.open_input_file(path) as file:
             _check_size(file.size(), max_bytes)
             return file.read()
-    # Without O_NONBLOCK, opening a named pipe waits for a writer that may never come.
-    descriptor = os.open(decode_path(name), os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    local = decode_path(name)
+    _check_regular(os.stat(local).st_mode)  # opening would release a pipe's writer into nothing, or rewind a tape
+    # It may be another one by now, and opening a named pipe waits for a writer that may never come.
+    descriptor = os.open(local, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         status = os.fstat(descriptor)
         _check_regular(status.st_mode)

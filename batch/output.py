@@ -65,7 +65,7 @@ class Run:
         inputs: how many inputs the manifest holds.
         blocks: how many blocks.
         first_id: number of the first input; above 0 when the run adds to an older one.
-        excluded: what the listing left out, by reason.
+        excluded: what the listing left out, by reason; with what those of the runs before left out that it adds to.
         libraries: versions of the libraries that shape the outcomes.
     """
 

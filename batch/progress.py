@@ -109,11 +109,14 @@ class Tally:
 
 
 def tell(stream: TextIO, text: str) -> None:
-    """Writes to people at once; when none reads any more, as behind `| head`, the work goes on without."""
+    """Writes to people at once; where that fails, the work goes on without.
+
+    As it does behind `| head`, in a terminal that was closed, or into a log on a full disk.
+    """
     try:
         stream.write(text)
         stream.flush()
-    except BrokenPipeError:
+    except OSError:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), stream.fileno())
 

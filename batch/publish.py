@@ -19,7 +19,7 @@ from batch.output import Output, Run
 from batch.scorer import BLOCK_SCHEMA
 from batch.summary import Counts
 
-__all__ = ["FINAL_SCHEMA", "Part", "committed_parts", "describe", "publish"]
+__all__ = ["FINAL_SCHEMA", "Part", "check_counted", "committed_parts", "describe", "publish"]
 
 FINAL_SCHEMA: Final = pa.schema([pa.field("id", pa.int64(), metadata={"doc": "number of the input"}), *arrow_schema()])
 
@@ -178,3 +178,28 @@ def describe(output: Output) -> dict[str, Any]:
     for batch in output.batches(Counts.COLUMNS):
         counts.add(pa.table(batch))
     return counts.as_dict()
+
+
+def check_counted(output: Output, run: Run, inputs: int) -> None:
+    """Makes sure that nothing came back into the output that doubles rows.
+
+    Args:
+        output: a directory with the final files of a run.
+        run: the run. Of what it was added to, files may have been taken away.
+        inputs: how many inputs all final files hold, see `describe`.
+
+    Raises:
+        IncompleteError: they are too many, or too few.
+    """
+    due = run.first_id + run.inputs
+    if inputs > due:
+        raise IncompleteError(
+            f"{output.name} holds {inputs:,} inputs, though only {due:,} were scored; take out the files that were "
+            f"copied there or came back (this run's begin with faces-{run.id}-), and the same command without "
+            "--overwrite goes on"
+        )
+    if inputs < due and not run.first_id:
+        raise IncompleteError(
+            f"{output.name} holds only {inputs:,} of {due:,} inputs; the same command without --overwrite puts back "
+            "the others"
+        )

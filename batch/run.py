@@ -17,7 +17,7 @@ from typing import Final
 import pyarrow.parquet as pq
 
 from batch.errors import JobError, OutputError, RequestError, SourceError, TooManyBadError, reason_of
-from batch.listing import Input, Listing, blocks_of, digest
+from batch.listing import KNOWN, TWICE, Input, Listing, blocks_of, digest
 from batch.location import normalize
 from batch.output import Output, Run, now
 from batch.progress import BlockReport, Progress, bad_count
@@ -28,8 +28,6 @@ from batch.summary import bad_text, summary_text
 # for torch at all; those that score import it.
 
 __all__ = ["run_batch"]
-
-_JUDGE_AFTER: Final = 100
 
 _MIDDLE: Final = (0.1, 0.9)
 
@@ -89,13 +87,11 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
     listing.check()
     output.check_ours()
     wanted, model = _identify(request, listing)  # tells of wrong options before anything is listed or written
+    job = _Job(request, output, listing, wanted, model, say, started)
     if request.dry_run:
-        from batch.preview import preview
-
-        preview(request, listing, _known(output)[0] if request.mode == "append" else None, say)
+        _preview(job)
         return
     output.check_writable()
-    job = _Job(request, output, listing, wanted, model, say, started)
     run: Run | None = None
     with (
         _told(lambda: same_command(request.mode) if run else "the same command"),
@@ -106,6 +102,24 @@ def run_batch(request: Request, say: Callable[[str], None]) -> None:
         run = _settle(job)
         if run is not None:
             _finish(job, run)
+
+
+def _preview(job: _Job) -> None:
+    """Tells what the call would do, or refuses it as that would; only reads."""
+    mode, output = job.request.mode, job.output
+    unfinished, finished = (None, None) if mode == "overwrite" else _earlier(job)
+    if finished is not None and mode == "resume":
+        _tell_finished(job)
+        return
+    if unfinished is not None:
+        job.say(
+            f"The call would go on with the run of {unfinished.created} ({unfinished.inputs:,} files); "
+            "what is done of it is not taken off the figures below."
+        )
+    from batch.preview import preview
+
+    adds = mode == "append" or (unfinished is not None and unfinished.first_id > 0)
+    preview(job.request, job.listing, _known(output)[0] if adds else None, job.say)
 
 
 @contextlib.contextmanager
@@ -179,31 +193,46 @@ def _settle(job: _Job) -> Run | None:
     output = job.output
     if job.request.mode == "overwrite":
         return _begin_anew(job)
-    if (interrupted := output.run()) is not None:
-        replaced = "it and all that it was to be added to" if interrupted.first_id else "it"
-        _require_same(output, interrupted, job.wanted, "an unfinished run", replaced)
+    unfinished, finished = _earlier(job)
+    if unfinished is not None:
         output.reopen()
-        job.say(f"Going on with the run of {interrupted.created} ({interrupted.inputs:,} files).")
-        return interrupted
-    finished = output.finished()
+        job.say(f"Going on with the run of {unfinished.created} ({unfinished.inputs:,} files).")
+        return unfinished
     if finished is None:
-        if output.files():
-            raise OutputError(
-                f"{output.name} holds results of a run that is not there any more; "
-                "give another output directory, or --overwrite to replace them"
-            )
         return _begin_anew(job)
     if job.request.mode == "append":
         return _append(job, finished)
-    _require_same(output, finished, job.wanted, "a finished run")
     output.clear_run()
-    summary = output.summary()
-    job.say(summary_text(summary, output.name))
+    _tell_finished(job)
+    return None
+
+
+def _earlier(job: _Job) -> tuple[Run | None, Run | None]:
+    """The unfinished run that the output holds or else the finished one, if the call may go on with it; only reads."""
+    output, wanted = job.output, job.wanted
+    if (unfinished := output.run()) is not None:
+        replaced = "it and all that it was to be added to" if unfinished.first_id else "it"
+        _require_same(output, unfinished, wanted, "an unfinished run", replaced)
+        return unfinished, None
+    finished = output.finished()
+    if finished is not None:
+        sources = finished.sources if job.request.mode == "append" else wanted.sources
+        _require_same(output, finished, replace(wanted, sources=sources), "a finished run")
+    elif output.files():
+        raise OutputError(
+            f"{output.name} holds results of a run that is not there any more; "
+            "give another output directory, or --overwrite to replace them"
+        )
+    return None, finished
+
+
+def _tell_finished(job: _Job) -> None:
+    summary = job.output.summary()
+    job.say(summary_text(summary, job.output.name))
     job.say(
         f"Nothing to do: this run was finished at {summary['finished']}. "
         "To score files that came later, add --append; to start anew, --overwrite."
     )
-    return None
 
 
 def _begin_anew(job: _Job) -> Run:
@@ -230,17 +259,25 @@ def _require_same(output: Output, old: Run, wanted: Run, what: str, replaced: st
 
 def _append(job: _Job, finished: Run) -> Run | None:
     output, wanted = job.output, job.wanted
-    _require_same(output, finished, replace(wanted, sources=finished.sources), "a finished run")
     output.clear_run()  # of a run that ended while it tidied up, or while it listed
     known, first_id = _known(output)
     sources = [*finished.sources, *(source for source in wanted.sources if source not in finished.sources)]
     first_id = max(first_id, output.summary()["inputs"])  # even if files of the output were taken away
-    run = _list(job, replace(wanted, sources=sources, first_id=first_id), known)
+    excluded = _left_out_before(finished, job.listing)
+    run = _list(job, replace(wanted, sources=sources, first_id=first_id, excluded=excluded), known)
     if run is None:
         job.say(f"Nothing to add: all files in {', '.join(job.listing.sources)} are in the output.")
     else:
         output.begin(run)
     return run
+
+
+def _left_out_before(finished: Run, listing: Listing) -> dict[str, int]:
+    """What a finished run has left out, without what the listing that adds to it counts again."""
+    again = set(finished.sources) <= set(listing.sources)
+    excluded = finished.excluded or {}
+    # A name that came twice is known now, and counts as such.
+    return {reason: count for reason, count in excluded.items() if reason == TWICE or not again}
 
 
 def _known(output: Output) -> tuple[set[bytes], int]:
@@ -258,7 +295,7 @@ def _list(job: _Job, run: Run, known: set[bytes] | None = None) -> Run | None:
 
     Args:
         job: the job.
-        run: what the run is, but for its inputs.
+        run: what the run is, but for its inputs; `excluded` is of listings before.
         known: see `Listing.inputs`.
     """
     job.say(f"Listing {', '.join(job.listing.sources)}")
@@ -271,8 +308,10 @@ def _list(job: _Job, run: Run, known: set[bytes] | None = None) -> Run | None:
     if not inputs:
         job.output.drop(run)
         return None
-    job.say(f"Found {inputs:,} files.")
-    return replace(run, inputs=inputs, blocks=blocks, excluded=dict(job.listing.excluded))
+    excluded = Counter(run.excluded or {}) + job.listing.excluded
+    there = excluded.pop(KNOWN, 0)
+    job.say(f"Found {inputs:,} files" + (f"; {there:,} others are in the output already." if there else "."))
+    return replace(run, inputs=inputs, blocks=blocks, excluded=dict(excluded))
 
 
 def _write_manifest(output: Output, run: Run, inputs: Iterable[Input]) -> tuple[int, int]:
@@ -292,7 +331,7 @@ def _write_manifest(output: Output, run: Run, inputs: Iterable[Input]) -> tuple[
 
 def _finish(job: _Job, run: Run) -> None:
     """Scores what is left, puts the outcomes into place and tells of them."""
-    from batch.publish import committed_parts, describe, publish
+    from batch.publish import check_counted, committed_parts, describe, publish
 
     output = job.output
     parts, counts = committed_parts(output, run)
@@ -307,8 +346,10 @@ def _finish(job: _Job, run: Run) -> None:
     watch.judge(counts.statuses)
     publish(output, run, parts)
     ended = time.monotonic()
+    counted = describe(output)
+    check_counted(output, run, counted["inputs"])
     summary = {
-        **describe(output),
+        **counted,
         "seconds": round(ended - job.started, 3),
         "startup_s": round(watch.startup_s(job.started), 3),
         "images_per_s": round(watch.images_per_s(counts.inputs - before, ended), 2),
@@ -365,10 +406,8 @@ class _Watch:
             if scored >= share * total:
                 self._middle.setdefault(share, (time.monotonic(), scored))
         self._statuses = self._before + report.statuses
-        done = sum(self._statuses.values())
-        self._progress.show(done, bad_count(self._statuses))
-        if done >= _JUDGE_AFTER:
-            self.judge(self._statuses)
+        self._progress.show(sum(self._statuses.values()), bad_count(self._statuses))
+        self.judge(self._statuses)
 
     def close(self) -> None:
         self._progress.close(sum(self._statuses.values()), bad_count(self._statuses))
@@ -391,14 +430,16 @@ class _Watch:
         return (last - first) / (ended - began) if ended > began else 0.0
 
     def judge(self, statuses: Counter[str]) -> None:
-        if self._max_bad is not None and _exceeds(self._max_bad, bad_count(statuses), sum(statuses.values())):
+        """Ends the run once its limit cannot be met any more. Inputs come sorted, and those so far are no sample."""
+        inputs = self._run.inputs
+        if self._max_bad is not None and _exceeds(self._max_bad, bad_count(statuses), inputs):
             raise TooManyBadError(
-                f"stopped: {bad_text(statuses)}, more than --max-bad {self._max_bad} allows; "
-                f"{self._same_command} with a higher --max-bad goes on from here"
+                f"stopped after {sum(statuses.values()):,} inputs: {bad_text(statuses, inputs)}, more than "
+                f"--max-bad {self._max_bad} allows; {self._same_command} with a higher --max-bad goes on from here"
             )
 
 
-def _exceeds(max_bad: str, bad: int, done: int) -> bool:
+def _exceeds(max_bad: str, bad: int, inputs: int) -> bool:
     if max_bad.endswith("%"):
-        return bad * 100 > Fraction(max_bad[:-1]) * done
+        return bad * 100 > Fraction(max_bad[:-1]) * inputs
     return bad > int(max_bad)

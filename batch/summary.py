@@ -95,11 +95,11 @@ def time_text(summary: dict[str, Any]) -> str:
     return text
 
 
-def bad_text(statuses: dict[str, int]) -> str:
-    """How many inputs failed, in words."""
-    bad, total = bad_count(statuses), sum(statuses.values())
+def bad_text(statuses: dict[str, int], inputs: int) -> str:
+    """How many of all inputs of a run have failed, in words."""
+    bad = bad_count(statuses)
     reasons = ", ".join(f"{count:,} {status}" for status, count in statuses.items() if status not in GOOD)
-    return f"{bad:,} of {total:,} inputs could not be looked at ({reasons})"
+    return f"{bad:,} of {inputs:,} inputs could not be looked at ({reasons})"
 
 
 def _bars(title: str, counts: dict[str, int]) -> list[str]:

@@ -1,14 +1,17 @@
 """The batch job through real Ray: a hostile directory, the predictor's numbers, and what a second call does."""
 
+import fcntl
 import json
 import logging
 import os
+import select
 import shlex
 import signal
 import socket
 import struct
 import subprocess
 import sys
+import termios
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -290,6 +293,52 @@ def test_a_run_that_is_told_to_end_says_how_to_go_on(tmp_path: Path, group_jpeg:
     assert pd.read_parquet(list(out.glob("*.parquet")))["path"].nunique() == 300
 
 
+def test_a_run_whose_terminal_is_closed_tidies_up(tmp_path: Path, group_jpeg: bytes) -> None:
+    """That tells all processes of it, those of Ray too."""
+    (tmp_path / "photos").mkdir()
+    for number in range(300):
+        (tmp_path / "photos" / f"{number}.jpg").write_bytes(group_jpeg)
+    out = tmp_path / "out"
+    before = engine_folders()
+    master, slave = os.openpty()
+    ends, alive = os.pipe()
+    shell = ["/bin/sh", "-c", '"$@"; true', "sh", sys.executable, "-m", "batch", str(tmp_path / "photos"), str(out)]
+    with subprocess.Popen(
+        shell,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        pass_fds=[alive],
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as process:
+        os.close(slave)
+        os.close(alive)
+        while not list(out.glob("_run/*/checkpoint/*")):  # of a block, so that more are being scored
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.close(master)
+        assert select.select([ends], [], [], 60)[0]  # until the shell and the job, which have its other end, are gone
+    os.close(ends)
+    assert engine_folders() <= before
+    done = run_batch(tmp_path / "photos", out)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Going on")
+
+
+def test_a_terminal_that_closes_is_no_interrupt_behind_nohup() -> None:
+    code = (
+        "import os, signal, sys\n"
+        "import batch.__main__ as job\n"
+        "job._run = lambda *_: os.kill(os.getpid(), signal.SIGHUP) or 0\n"
+        "sys.exit(job.main(['photos', 'out']))\n"
+    )
+    call = [sys.executable, "-c", code]
+    for before, expected in (([], (130, "\nbatch: interrupted\n")), (["nohup"], (0, ""))):
+        done = subprocess.run([*before, *call], capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stderr.replace("nohup: ignoring input\n", "")) == expected
+
+
 def engine_folders() -> set[str]:
     """Where Ray keeps its sockets and logs: a private one, and one that began by itself."""
     return {path for pattern in ("agegender-ray-*", "ray/session_2*") for path in glob(f"{gettempdir()}/{pattern}")}
@@ -351,30 +400,31 @@ def test_a_run_is_told_to_end_while_a_store_does_not_answer(tmp_path: Path) -> N
     assert "batch: interrupted" in told
 
 
-def test_an_interrupt_that_python_drops_ends_the_run_all_the_same() -> None:
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_an_interrupt_that_python_drops_ends_the_run_all_the_same(name: str) -> None:
     """As one does that is raised inside a destructor; and a second one need not wait."""
     code = (
         "import os, signal, sys, time\n"
         "import batch.__main__ as job, batch.interrupts as limits\n"
         "class Drops:\n"
-        "    def __del__(self): os.kill(os.getpid(), signal.SIGINT)\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.Signals[sys.argv[3]])\n"
         "def run(*_):\n"
         "    with limits.told_if_killed():\n"
         "        Drops()\n"
         "        print('goes on', flush=True)\n"
         "        time.sleep(60)\n"
         "job._run = run\n"
-        "limits._ENDED_S, limits._IMPATIENT_S = map(float, sys.argv[1:])\n"
+        "limits._ENDED_S, limits._IMPATIENT_S = map(float, sys.argv[1:3])\n"
         "sys.exit(job.main(['photos', 'out']))\n"
     )
     for limits, again in ((("1", "60"), False), (("60", "0"), True)):
-        call = [sys.executable, "-c", code, *limits]
+        call = [sys.executable, "-c", code, *limits, name]
         with aside(call) as started:
             assert started.stdout is not None
             assert started.stdout.readline() == "goes on\n"
             if again:
                 time.sleep(1)
-                started.send_signal(signal.SIGINT)
+                started.send_signal(signal.Signals[name])
             _, told = started.communicate(timeout=30)
         assert started.returncode == 130
         assert "batch: interrupted, and ended without tidying up; what is done stays done" in told

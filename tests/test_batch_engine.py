@@ -51,7 +51,7 @@ def test_a_directory_that_another_run_takes_for_left_behind_is_replaced(
         assert os.path.isdir(folder)
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "127.0.0.1:99999"])
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "127.0.0.1:99999"])
 def test_a_cluster_that_does_not_answer_is_told_of_at_once(address: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -64,9 +64,16 @@ def test_a_cluster_that_does_not_answer_is_told_of_at_once(address: str) -> None
     assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("address", ["LOCAL", "x:y", "ray://x"])
+@pytest.mark.parametrize("address", ["LOCAL", "x:y"])
 def test_what_is_no_address_is_a_wrong_call(address: str) -> None:
     with pytest.raises(RequestError, match="is no address of a Ray cluster; give"), running_engine(Resources(address)):
+        pass
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:10001", "ray://x"])
+def test_the_client_of_ray_behind_which_its_data_does_not_run_is_a_wrong_call(address: str) -> None:
+    told = f"Ray Data does not run behind {address}; on a node of the cluster give HOST:PORT"
+    with pytest.raises(RequestError, match=told), running_engine(Resources(address)):
         pass
 
 

@@ -163,7 +163,7 @@ def test_overlapping_sources_give_each_input_once(folder: Path) -> None:
     listing = Listing([str(folder), str(folder / "b"), str(folder / "one.jpg")])
     found = [each.path for each in listing.inputs()]
     assert len(found) == len(set(found)) == 4
-    assert listing.excluded == {"named twice or already in the output": 3}
+    assert listing.excluded == {"named twice": 3}
 
 
 def test_a_listing_can_be_asked_again(folder: Path) -> None:
@@ -174,6 +174,13 @@ def test_a_listing_can_be_asked_again(folder: Path) -> None:
     known = {digest(each.path) for each in once[1:]}
     assert list(listing.inputs(known)) == once[:1]
     assert known == {digest(each.path) for each in once}
+
+
+def test_what_is_known_is_counted_apart_from_what_is_named_twice(folder: Path) -> None:
+    listing = Listing([str(folder), str(folder / "b"), str(folder / "one.jpg")])
+    found = list(listing.inputs({digest(str(folder / "one.jpg"))}))
+    assert len(found) == 3
+    assert listing.excluded == {"already in the output": 2, "named twice": 2}
 
 
 def test_a_glob_matches_files_and_directories(folder: Path) -> None:
@@ -237,6 +244,36 @@ def test_a_glob_tells_of_directories_that_the_disk_does_not_give(folder: Path, m
     found = listed(str(folder / "**" / "*.jpg"))
     assert Input(str(folder / "b"), "the directory cannot be listed: Input/output error") in found
     assert Input(str(folder / "one.jpg")) in found
+
+
+@pytest.mark.parametrize(
+    ("call", "pattern"),
+    [
+        ("scandir", "b/*.jpg"),
+        ("scandir", "*/*.jpg"),
+        ("scandir", "b/**"),
+        ("scandir", "**/two.jpg"),
+        ("lstat", "*/two.jpg"),
+        ("lstat", "**/two.jpg"),
+    ],
+)
+def test_a_glob_tells_of_directories_that_may_not_be_listed_as_a_walk_does(
+    folder: Path, call: str, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor searched, which is another right."""
+    real = getattr(os, call)
+
+    def closed(path: bytes) -> Any:
+        inside = path.rstrip(b"/") if call == "scandir" else os.path.dirname(path)
+        if inside == os.fsencode(folder / "b"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path)
+
+    monkeypatch.setattr(os, call, closed)
+    listing = Listing([str(folder / pattern)])
+    told = [each for each in listing.inputs() if each.error]
+    assert told == [Input(str(folder / "b"), "the directory cannot be listed: Permission denied")]
+    assert not listing.excluded
 
 
 @pytest.mark.parametrize("pattern", ["**.jpg", "a**/x.jpg"])
@@ -463,6 +500,22 @@ def test_two_slashes_in_a_key_lead_round_in_no_circle(root: str, monkeypatch: py
     assert slashes.error
 
 
+@pytest.mark.parametrize("name", ["photos/*.jpg", "photos/?.jpg", "photos/[ab].jpg"])
+def test_a_glob_of_a_bucket_is_refused_unless_it_is_a_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Store:
+        kind = fs.FileType.NotFound
+
+        def get_file_info(self, asked: Any) -> Any:
+            return fs.FileInfo(asked, self.kind) if isinstance(asked, str) else []
+
+    store = Store()
+    monkeypatch.setattr("batch.listing.filesystem_of", lambda name: (store, name.removeprefix("s3://")))
+    with pytest.raises(SourceError, match="does not exist, and globs are for local files; give the prefix, or a list"):
+        names(f"s3://b/{name}")
+    store.kind = fs.FileType.File
+    assert names(f"s3://b/{name}") == [f"s3://b/{name}"]
+
+
 @given(st.integers(0, 3000), st.integers(0, 10**9))
 def test_blocks_number_every_input_in_order(count: int, first_id: int) -> None:
     tables = list(blocks_of((Input(f"/{number:06}") for number in reversed(range(count))), first_id=first_id))
@@ -510,6 +563,35 @@ def test_nobody_waits_for_what_a_named_pipe_may_bring(tmp_path: Path, repository
     call = [sys.executable, "-c", code]
     read = subprocess.run(call, cwd=repository, capture_output=True, text=True, timeout=60, check=False)
     assert "it is a named pipe, not a file" in read.stderr
+
+
+def test_nobody_waits_for_a_named_pipe_that_takes_the_place_of_a_file(tmp_path: Path, repository: Path) -> None:
+    """Between the look at it and its opening."""
+    os.mkfifo(tmp_path / "pipe")
+    code = (
+        "import os, sys; from batch.location import read_bytes; file = os.stat(sys.executable); "
+        f"os.stat = lambda _: file; read_bytes({str(tmp_path / 'pipe')!r}, max_bytes=100)"
+    )
+    call = [sys.executable, "-c", code]
+    read = subprocess.run(call, cwd=repository, capture_output=True, text=True, timeout=60, check=False)
+    assert "it is a named pipe, not a file" in read.stderr
+
+
+def test_what_others_write_into_a_named_pipe_is_not_lost(tmp_path: Path) -> None:
+    """Who waits for a reader goes on as soon as anybody opens the pipe, and would write into nothing."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["/bin/sh", "-c", 'echo kept > "$1"', "sh", str(pipe)]) as writer:
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            with pytest.raises(OSError, match="named pipe"):
+                read_bytes(str(pipe), max_bytes=100)
+        waits = writer.poll() is None
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # which lets it end in any case
+        with open(reader) as file:
+            writer.wait(60)
+            assert waits
+            assert file.read() == "kept\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the system does not list open files")

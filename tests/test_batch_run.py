@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 from unittest.mock import MagicMock, patch
 
 import numpy as np
@@ -38,10 +38,10 @@ from batch.errors import BatchError, IncompleteError, JobError, OutputError, Req
 from batch.listing import Input, blocks_of
 from batch.output import Output, Run
 from batch.preview import _draw
-from batch.progress import BlockReport, Progress, Tally, bad_count
-from batch.publish import Part, committed_parts, publish
+from batch.progress import BlockReport, Progress, Tally, bad_count, tell
+from batch.publish import Part, check_counted, committed_parts, publish
 from batch.report import write_report
-from batch.request import Request, Resources, ScoreOptions
+from batch.request import Mode, Request, Resources, ScoreOptions
 from batch.run import _code_digest, _exceeds, _Watch, run_batch
 from batch.samples import write_samples
 from batch.scorer import BLOCK_SCHEMA, Scorer, score
@@ -382,6 +382,73 @@ def test_append_gives_no_number_twice_when_files_of_the_output_are_gone(
     run_batch(again, said.append)
     table = pd.read_parquet(request_.out)
     assert len(table) == table["path"].nunique() == table["id"].nunique() == 51
+
+
+@pytest.mark.parametrize("appended", [False, True])
+def test_a_file_that_comes_back_into_the_output_doubles_nothing(
+    request_: Request,
+    engine: Engine,
+    said: list[str],
+    source: Path,
+    group_jpeg: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    appended: bool,
+) -> None:
+    """With several faces in an image, which is one input."""
+    (source / "group.jpg").write_bytes(group_jpeg)
+    request = replace(request_, options=ScoreOptions())
+    if appended:
+        run_batch(request, said.append)
+        (source / "late.png").write_bytes(b"words")
+        request = replace(request, mode="append")
+    stray, inputs = Path(request_.out) / f"faces-{'0' * 8}-00000.parquet", 51 + appended
+
+    def publish_beside_stray(output: Output, run: Run, parts: list[Part]) -> None:
+        publish(output, run, parts)
+        shutil.copy(output.files()[0], stray)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("batch.publish.publish", publish_beside_stray)
+        told = rf"holds \d+ inputs, though only {inputs} were scored; take out .* begin with faces-[0-9a-f]{{8}}-\)"
+        with pytest.raises(IncompleteError, match=told):
+            run_batch(request, said.append)
+    assert not (Path(request_.out) / "_SUCCESS").exists()
+    stray.unlink()
+    run_batch(request, said.append)
+    table = pd.read_parquet(request_.out)
+    assert len(table) > table["path"].nunique() == table["id"].nunique() == inputs
+    assert Output(request_.out).summary()["inputs"] == inputs
+
+
+def test_only_what_a_run_adds_to_may_have_lost_inputs(tmp_path: Path) -> None:
+    output, run = Output(str(tmp_path)), Run("0" * 8, "", "", {}, {}, [], 50, 4)
+    with pytest.raises(IncompleteError, match=r"holds only 49 of 50 inputs; .* puts back the others"):
+        check_counted(output, run, 49)
+    for inputs in (50, 80, 130):
+        check_counted(output, replace(run, first_id=80), inputs)
+    with pytest.raises(IncompleteError, match="holds 131 inputs, though only 130 were scored"):
+        check_counted(output, replace(run, first_id=80), 131)
+
+
+def test_an_append_keeps_what_was_left_out_before_and_counts_nothing_twice(
+    request_: Request, engine: Engine, said: list[str], source: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for folder in (source, other):
+        (folder / "link").symlink_to(tmp_path)
+    first = replace(request_, sources=(str(source), str(source / "01.png")))
+    run_batch(first, said.append)
+    assert Output(request_.out).summary()["run"]["excluded"] == {"link to a directory": 1, "named twice": 1}
+    (source / "late.png").write_bytes(b"words")
+    run_batch(replace(first, mode="append"), said.append)
+    assert Output(request_.out).summary()["run"]["excluded"] == {"link to a directory": 1, "named twice": 1}
+    assert "Found 1 files; 51 others are in the output already." in said
+    assert "left out  1 named twice, 1 link to a directory" in said[-1]
+    (other / "later.png").write_bytes(b"words")
+    run_batch(replace(first, sources=(str(other), str(other / "later.png")), mode="append"), said.append)
+    assert Output(request_.out).summary()["run"]["excluded"] == {"link to a directory": 2, "named twice": 2}
+    assert "Found 1 files." in said
 
 
 def test_what_replacing_an_unfinished_append_would_cost_is_told(
@@ -728,8 +795,9 @@ def test_two_runs_do_not_share_an_output(request_: Request, engine: Engine, said
 def test_too_many_bad_inputs_end_the_run_until_more_are_allowed(
     request_: Request, engine: Engine, said: list[str]
 ) -> None:
-    with pytest.raises(TooManyBadError, match=r"10 of 50 inputs .*10 not_image.*--max-bad 5%"):
-        run_batch(replace(request_, max_bad="5%"), said.append)
+    for _ in range(2):  # also when all is done already
+        with pytest.raises(TooManyBadError, match=r"10 of 50 inputs .*10 not_image.*--max-bad 19%"):
+            run_batch(replace(request_, max_bad="19%"), said.append)
     assert not (Path(request_.out) / "_SUCCESS").exists()
     run_batch(replace(request_, max_bad="10"), said.append)
     assert engine.calls == 1
@@ -739,15 +807,29 @@ def test_too_many_bad_inputs_end_the_run_until_more_are_allowed(
 def test_too_many_bad_inputs_end_the_run_before_all_are_done(
     request_: Request, engine: Engine, said: list[str], tmp_path: Path
 ) -> None:
-    """At the first block after a hundred inputs; a limit that was met with fewer says too little."""
+    """At the first block with which the limit cannot be met any more."""
     (tmp_path / "words").mkdir()
     for number in range(200):
         (tmp_path / "words" / str(number)).write_bytes(b"words")
-    request = replace(request_, sources=(str(tmp_path / "words"),), max_bad="1")
-    with pytest.raises(TooManyBadError, match="112 of 112 inputs"):
+    request = replace(request_, sources=(str(tmp_path / "words"),), max_bad="5%")
+    with pytest.raises(TooManyBadError, match="stopped after 16 inputs: 16 of 200 inputs"):
         run_batch(request, said.append)
+    with pytest.raises(TooManyBadError, match="stopped after 112 inputs: 112 of 200 inputs"):
+        run_batch(replace(request, max_bad="100"), said.append)
     run_batch(replace(request, max_bad=None), said.append)
     assert engine.blocks == list(range(8))
+
+
+def test_a_share_is_one_of_all_inputs_and_not_of_those_that_come_first(request_: Request) -> None:
+    """As the files in `.git` do, which are no images."""
+    request = replace(request_, mode="overwrite", max_bad="5%")
+    watch = _Watch(Run("0" * 8, "", "", {}, {}, [], 65_000, 100), Counter(), request)
+    for bad in (150, 3250):
+        watch.see(BlockReport(Counter(not_image=bad)))
+        watch.see(BlockReport(Counter(not_image=bad, ok=100)))
+    told = r"stopped after 3,351 inputs: 3,251 of 65,000 inputs .*\(3,251 not_image\), more than --max-bad 5% allows; "
+    with pytest.raises(TooManyBadError, match=told):
+        watch.see(BlockReport(Counter(not_image=3251, ok=100)))
 
 
 @pytest.mark.parametrize(
@@ -919,13 +1001,55 @@ def test_a_dry_run_of_an_append_counts_what_is_new(
     assert any(text.startswith("1 files in ") for text in said)
 
 
+@pytest.mark.parametrize("mode", ["append", "resume"])
 def test_a_dry_run_of_an_unfinished_append_counts_what_is_new(
-    request_: Request, engine: Engine, said: list[str], source: Path
+    request_: Request, engine: Engine, said: list[str], source: Path, mode: Mode
 ) -> None:
     run_batch(request_, said.append)
     again = begin_to_append(request_, engine, said, source)
-    run_batch(replace(again, dry_run=True), said.append)
+    run_batch(replace(again, mode=mode, dry_run=True), said.append)
     assert any(text.startswith("1 files in ") for text in said)
+
+
+def test_a_dry_run_of_a_finished_run_says_that_nothing_is_left_to_do(
+    request_: Request, engine: Engine, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_batch(request_, said.append)
+    before = contents(Path(request_.out))
+    monkeypatch.setattr("batch.listing.Listing.inputs", lambda *_: pytest.fail("it was listed"))
+    run_batch(replace(request_, dry_run=True), said.append)
+    assert "Nothing to do" in said[-1]
+    assert contents(Path(request_.out)) == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("mode", ["resume", "append"])
+def test_a_dry_run_refuses_another_run_as_the_call_would(
+    request_: Request, engine: Engine, said: list[str], mode: Mode, finished: bool
+) -> None:
+    if finished:
+        run_batch(request_, said.append)
+    else:
+        interrupt(request_, engine, said, after=1)
+    before = contents(Path(request_.out))
+    other = replace(request_, options=replace(WHOLE, max_bytes=7), dry_run=True)
+    with pytest.raises(OutputError, match="--max-bytes was 512000000 and is now 7"):
+        run_batch(replace(other, mode=mode), said.append)
+    run_batch(replace(other, mode="overwrite"), said.append)
+    assert contents(Path(request_.out)) == before
+
+
+def test_a_dry_run_of_an_unfinished_run_says_that_the_call_goes_on_with_it(
+    request_: Request, engine: Engine, said: list[str]
+) -> None:
+    output, run = interrupted(request_, engine, said)
+    Path(output.parts(run), "unfinished-0.parquet").touch()
+    before = contents(Path(request_.out))
+    run_batch(replace(request_, dry_run=True), said.append)
+    told = f"The call would go on with the run of {run.created} (50 files); what is done of it is not taken off"
+    assert any(text.startswith(told) for text in said)
+    assert any(text.startswith("50 files in ") for text in said)
+    assert contents(Path(request_.out)) == before
 
 
 def test_no_report_of_an_output_that_changed_meanwhile(
@@ -1312,6 +1436,28 @@ def test_progress_fits_into_a_narrow_terminal(columns: int, monkeypatch: pytest.
     progress.close(500, 30)
     assert "30 bad" in stream.getvalue()
     assert all(len(line) < (columns or 101) for line in re.split(r"\r|\x1b\[K|\n", stream.getvalue()))
+
+
+def full_log() -> TextIO:
+    return open("/dev/full", "w")
+
+
+def closed_terminal() -> TextIO:
+    master, slave = os.openpty()
+    os.close(master)
+    return open(slave, "w")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no disk that is always full")
+@pytest.mark.parametrize("broken", [full_log, closed_terminal])
+def test_work_goes_on_when_nothing_can_be_shown(broken: Callable[[], TextIO]) -> None:
+    with broken() as stream:
+        with pytest.raises(OSError, match=r"No space left|Input/output error"):
+            os.write(stream.fileno(), b"it is broken")
+        progress = Progress(1000, stream=stream)
+        progress.show(1, 0)
+        progress.close(1000, 0)
+        tell(stream, "done\n")
 
 
 def test_what_the_engine_prints_goes_to_its_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

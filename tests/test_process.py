@@ -62,8 +62,16 @@ def test_a_process_does_not_stay_as_large_as_its_largest_image():
     assert int(run.stdout) < 2**29
 
 
+@pytest.fixture
+def groups(tmp_path, monkeypatch):
+    """A directory in place of Linux's control groups, with none in it."""
+    monkeypatch.setattr("agegender.process._GROUPS", tmp_path)
+    monkeypatch.setattr("agegender.process._OWN_GROUPS", tmp_path / "own")
+    return tmp_path
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="others do not say")
-def test_cores_are_those_that_the_process_may_use():
+def test_cores_are_those_that_the_process_may_use(groups):
     allowed = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(allowed)})
@@ -71,6 +79,37 @@ def test_cores_are_those_that_the_process_may_use():
     finally:
         os.sched_setaffinity(0, allowed)
     assert core_count() == len(allowed)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no control groups")
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        pytest.param("0::/", {"cpu.max": "200000 100000"}, 2, id="a container"),
+        pytest.param("0::/", {"cpu.max": "150000 100000"}, 2, id="a part of a core"),
+        pytest.param("0::/", {"cpu.max": "6400000 100000"}, 8, id="more than there are"),
+        pytest.param("0::/", {"cpu.max": "max 100000"}, 8, id="no quota"),
+        pytest.param("0::/", {}, 8, id="the outermost group"),
+        pytest.param("0::/a/b", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3, id="a service"),
+        pytest.param("0::/c", {"a/cpu.max": "300000 100000"}, 8, id="another service"),
+        pytest.param(
+            "0::/\n4:cpu,cpuacct:/docker/1",
+            {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"},
+            2,
+            id="a container, version 1",
+        ),
+        pytest.param(
+            "4:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8, id="no quota, version 1"
+        ),
+    ],
+)
+def test_cores_are_no_more_than_a_quota_gives(own, files, cores, groups, monkeypatch):
+    (groups / "own").write_text(f"{own}\n")
+    for name, content in files.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(f"{content}\n")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert core_count() == cores
 
 
 def test_cores_where_the_system_does_not_say_which(monkeypatch):
