@@ -15,7 +15,9 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -36,6 +38,7 @@ from torch import nn
 
 import training.augment
 import training.cache
+import training.data
 import training.dataset
 import training.distill
 import training.distributed
@@ -44,6 +47,7 @@ import training.loop
 import training.options
 import training.run
 from agegender import Model, Predictor
+from agegender.process import directory_lock
 from training.__main__ import main
 from training.augment import augment
 from training.branch import Branch, join, parse_backbones
@@ -288,6 +292,23 @@ def test_near_duplicates_fall_on_one_side(lfw_faces: np.ndarray) -> None:
     assert (groups[2 * count :] == groups[:count]).all()
 
 
+def test_near_duplicates_of_many_pictures_are_sought_in_little_memory(
+    lfw_faces: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashes = np.array([perceptual_hash(face) for face in (*lfw_faces, *lfw_faces[::-1])] * 5)
+    whole = near_duplicate_groups(hashes)
+    monkeypatch.setattr(training.data, "_PAIRS", 3 * len(hashes))
+    tracemalloc.start()
+    try:
+        assert (near_duplicate_groups(hashes) == whole).all()
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most_bytes < 4 * len(hashes) ** 2  # of all pairs, as float32
+    monkeypatch.setattr(training.data, "_PAIRS", 1)
+    assert (near_duplicate_groups(hashes) == whole).all()
+
+
 def test_a_split_does_not_depend_on_the_other_pictures(labelled_dir: Path) -> None:
     samples, _ = scan(labelled_dir)
     shares = {"val_frac": 0.2, "test_frac": 0.2, "seed": 1}
@@ -348,6 +369,18 @@ def test_processes_that_cut_take_one_thread(options: TrainOptions, monkeypatch: 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     samples, _ = scan(options.data_dir)
     assert set(training.cache._cut_all(samples[:2], partial(_count_threads))) == {"1 1"}
+
+
+def test_as_many_processes_cut_as_there_are_cores_to_use(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.cache._FEW", 0)
+    monkeypatch.setattr("training.cache.core_count", lambda: 3)
+    monkeypatch.setattr("training.cache.ProcessPoolExecutor", pool := Mock(side_effect=InterruptedError))
+    samples, _ = scan(options.data_dir)
+    with pytest.raises(InterruptedError):
+        list(training.cache._cut_all(samples[:2], partial(_count_threads)))
+    assert pool.call_args.args[0] == 3
 
 
 def test_two_runs_extend_one_cache(options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -754,6 +787,40 @@ def test_a_run_may_be_resumed_from_another_directory(
     assert seen.checkpoint == (tmp_path / "c" / "best.pt",)
 
 
+def test_a_folder_takes_one_run_at_a_time(
+    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brief = replace(options, backbone="resnet18", pretrained=False, precision="float32", progressive=False)
+    (tmp_path / "link").symlink_to(brief.out_dir)
+
+    def meanwhile(*_: Any) -> None:
+        monkeypatch.setattr(training.run, "train", lambda *_: pytest.fail("two runs train"))
+        kept = {path.name: path.read_bytes() for path in brief.out_dir.iterdir()}
+        for other in (replace(brief, seed=1), replace(brief, out_dir=tmp_path / "link", resume=False)):
+            with pytest.raises(ValueError, match=r"another run is writing to .*; wait for it, or give another --out"):
+                run(other)
+        assert {path.name: path.read_bytes() for path in brief.out_dir.iterdir()} == kept
+        raise InterruptedError
+
+    brief.out_dir.mkdir()
+    for _ in range(2):  # what was interrupted holds nothing
+        monkeypatch.setattr(training.run, "train", meanwhile)
+        with pytest.raises(InterruptedError):
+            run(brief)
+
+
+def test_a_folder_is_locked_before_anything_is_asked_of_it(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options.out_dir.mkdir()
+    (options.out_dir / LAST).touch()
+    with directory_lock(options.out_dir), pytest.raises(ValueError, match="another run is writing to"):
+        run(options)
+    monkeypatch.setattr(training.run, "directory_lock", Mock(side_effect=OSError(errno.ENOLCK, "no locks")))
+    with pytest.raises(ValueError, match="holds a run that has lost its"):
+        run(options)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -762,6 +829,13 @@ def test_a_run_may_be_resumed_from_another_directory(
         ({"backbone": "mobilenet_v1"}, "mobilenet_v1 needs --weights"),
         ({"checkpoint": (Path("nowhere/best.pt"),)}, "best.pt: no weights of a training .*No such file"),
         ({"checkpoint": ("last.pt",)}, "last.pt is the state that a run is resumed from; give best.pt beside it"),
+        ({"checkpoint": ("other.pt",)}, "other.pt: weights of another backbone than face_resnet"),
+        ({"checkpoint": ("eight.pt",), "precision": "int8"}, "eight.pt: weights of another backbone than face_resnet"),
+        ({"checkpoint": ("eight.pt",)}, "eight.pt: trained in 8 bits; leave out --precision float32"),
+        (
+            {"checkpoint": ("other.pt", "eight.pt"), "backbone": "face_resnet+resnet18", "precision": "int8"},
+            "other.pt, .*eight.pt: some were trained in 8 bits and others not; give all of one kind",
+        ),
         ({"teacher": (Path("nowhere"),)}, "nowhere is not the folder of a run: no .*options.json"),
         ({"teacher": ("",)}, "is not the folder of a run: no .*options.json"),
         ({"teacher": ("run",)}, "run is not the folder of a run: no .*best.pt"),
@@ -773,8 +847,11 @@ def test_what_is_not_there_is_told_before_any_picture_is_cut(
     """Texts stand for what lies in the test's own directory."""
     monkeypatch.setattr(training.run, "load_faces", lambda _: pytest.fail("the folder is cut first"))
     torch.save({"state": {}, "curve": []}, tmp_path / LAST)
+    torch.save(_Tiny().state_dict(), tmp_path / "other.pt")
+    torch.save({**_Tiny().state_dict(), "rounding.fake_quant_enabled": torch.ones(1)}, tmp_path / "eight.pt")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "options.json").write_text("{}")
+    float32 = replace(options, out_dir=tmp_path / "new", size=96, precision="float32", progressive=False)
     changes = {
         name: tuple(tmp_path / each if isinstance(each, str) else each for each in value)
         if isinstance(value, tuple)
@@ -782,16 +859,18 @@ def test_what_is_not_there_is_told_before_any_picture_is_cut(
         for name, value in changes.items()
     }
     with pytest.raises(ValueError, match=message):
-        run(replace(options, out_dir=tmp_path / "new", size=96, precision="float32", progressive=False, **changes))
+        run(replace(float32, **changes))
 
 
-def test_other_options_do_not_resume_a_run(options: TrainOptions) -> None:
+def test_other_options_do_not_resume_a_run(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     run(options)
     with pytest.raises(ValueError, match=r"other options \(lr\)"):
         run(replace(options, lr=1e-4))
     with pytest.raises(ValueError, match=r"other options \(workers\)"):
         run(replace(options, workers=2))
+    monkeypatch.setattr(training.run, "read_options", read := Mock(wraps=training.run.read_options))
     run(replace(options, num_workers=1))  # finished: measured and exported again
+    assert read.call_count == 1
 
 
 def test_a_folder_that_grew_does_not_resume_a_run(options: TrainOptions, lfw_faces: np.ndarray, tmp_path: Path) -> None:
@@ -828,6 +907,31 @@ def test_a_run_whose_options_are_lost_does_not_go_on(content: str | None, option
         run(options)
 
 
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda checkpoint: checkpoint["state"].pop("ema"), "KeyError"),
+        (lambda checkpoint: checkpoint["state"]["network"].pop("age_head.bias"), "RuntimeError"),
+        (lambda checkpoint: checkpoint["state"]["optimizer"]["param_groups"].pop(), "ValueError"),
+        (lambda checkpoint: checkpoint["curve"][0].update(val_loss=1.0), "TypeError"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_told_of(
+    change: Callable[[dict[str, Any]], object], kind: str, options: TrainOptions
+) -> None:
+    state: Any = initial_state(_Tiny(), 4, options)  # type: ignore[arg-type]
+    row = {"epoch": 0, "size_px": 8, "lr": 1.0, "train_loss": 1.0, "val_age_mae_years": 1.0, "val_gender_accuracy": 1.0}
+    checkpoint = {"state": state.state_dict(), "curve": [row]}
+    options.out_dir.mkdir()
+    save_whole(checkpoint, options.out_dir / LAST)
+    assert len(training.loop._resume(state, options)) == 1
+    change(checkpoint)
+    save_whole(checkpoint, options.out_dir / LAST)
+    told = rf"last\.pt is of another version of this code or its libraries \({kind}\); give another --out-dir, or"
+    with pytest.raises(ValueError, match=told):
+        training.loop._resume(state, options)
+
+
 @pytest.mark.parametrize("content", ["a,b\n1,2\n", "epoch,size_px\n1,x\n", "\0"])
 def test_a_curve_of_something_else_is_none(content: str, tmp_path: Path) -> None:
     (tmp_path / "curve.csv").write_text(content)
@@ -844,6 +948,36 @@ def test_lack_of_memory_is_told_in_a_sentence() -> None:
             raise error
     with pytest.raises(RuntimeError, match="shapes"), training.loop._lack_of_memory_told():
         raise RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nshapes do not match")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_lack_of_memory_beside_the_epochs_is_told_too(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main(["--out-dir", str(tmp_path)], Mock(side_effect=error), monkeypatch) == 2
+    assert "training: no memory is left; free some, and the same command goes on" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="shapes"):
+        _main(["--out-dir", str(tmp_path)], Mock(side_effect=RuntimeError("shapes do not match")), monkeypatch)
+
+
+def _main(arguments: list[str], run_: Callable[[TrainOptions], object], monkeypatch: pytest.MonkeyPatch) -> int:
+    """What `main` returns where this takes the place of `run`."""
+    monkeypatch.setattr("training.__main__.run", run_)
+    monkeypatch.setattr("sys.argv", ["training", "--data-dir", ".", *arguments])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        code = main()
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        return code
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_workers_have_equal_shares_of_few_pictures(options: TrainOptions) -> None:
@@ -905,6 +1039,18 @@ def test_weights_without_epochs_predict_what_they_were_trained_to(options: Train
     assert run(replace(exported, age_loss="l1")).exists()
 
 
+@pytest.mark.parametrize(("trained", "margin"), [({"margin": 0.25}, 0.0), ({}, 0.5)])
+def test_weights_without_epochs_see_the_chips_they_were_trained_on(
+    trained: dict[str, float], margin: float, options: TrainOptions, tmp_path: Path
+) -> None:
+    """Runs that are older than the option had none."""
+    (tmp_path / "options.json").write_text(json.dumps(trained))
+    torch.save({}, tmp_path / BEST)
+    told = rf"best\.pt was trained with --margin {trained.get('margin', 0.0)}; give it here too"
+    with pytest.raises(ValueError, match=told):
+        run(replace(options, epochs=0, checkpoint=(tmp_path / BEST,), margin=margin))
+
+
 def test_advice_of_an_error_can_be_followed(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="unknown backbone resnet19; take face_resnet"):
         run(replace(options, backbone="resnet19"))
@@ -919,24 +1065,36 @@ def test_a_diverging_run_is_stopped(options: TrainOptions) -> None:
     assert not (options.out_dir / BEST).exists()
 
 
+def _leave_alone(path: Path) -> None:
+    pass
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [([], "; the same command goes on"), (["--no-resume"], "; the same command without --no-resume goes on")],
+    ("arguments", "change", "message"),
+    [
+        ([], _leave_alone, "; the same command goes on from the last checkpoint"),
+        (["--no-resume"], Path.touch, "; the same command without --no-resume goes on from the last checkpoint"),
+        (["--no-resume"], Path.unlink, "; the same command begins again"),
+        (["--no-resume"], _leave_alone, "; the same command begins again"),
+    ],
 )
 def test_an_interrupted_run_says_how_to_go_on(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    change: Callable[[Path], None],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def interrupt(_: TrainOptions) -> None:
+    """The folder holds the checkpoint of an earlier run."""
+
+    def interrupt(options: TrainOptions) -> None:
+        change(options.out_dir / LAST)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.__main__.run", interrupt)
-    monkeypatch.setattr("sys.argv", ["training", "--data-dir", ".", *arguments])
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert main() == 130
-        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    (tmp_path / LAST).touch()
+    os.utime(tmp_path / LAST, (0, 0))
+    assert _main(["--out-dir", str(tmp_path), *arguments], interrupt, monkeypatch) == 130
     assert message in capsys.readouterr().err
 
 
@@ -1047,6 +1205,18 @@ def test_another_network_answers_where_the_first_is_not_sure_and_nowhere_else() 
     assert len(second.asked) == 1
 
 
+def test_second_looks_are_counted_in_one_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    chips = np.repeat(np.array([200, 30, 0, 255, 40], np.uint8), 8 * 8 * 3).reshape(5, 8, 8, 3)
+    first, second = _Sure(), _Other()
+    first.register_forward_pre_hook(seen := Mock(return_value=None))
+    network: Any = TwoLooks(first, second, below=0.8)  # type: ignore[arg-type]
+    logits = training.run._validation_logits(network, chips)
+    assert "second look: 40.0% of the validation faces" in capsys.readouterr().out
+    assert logits.age[:, 0].tolist() == [0, 30, 0, 0, 0]
+    assert seen.call_count == 1
+    assert not second._forward_pre_hooks
+
+
 @pytest.fixture
 def teacher(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run whose network is `_LeftAndTop`, on chips of a margin."""
@@ -1067,6 +1237,22 @@ def test_a_teacher_sees_chips_as_it_was_trained_with_and_their_mirror_images(
     straight, mirrored = _both_ways()
     for found, one, other in zip(probs, straight, mirrored, strict=True):
         torch.testing.assert_close(found, (one.softmax(1) + other.softmax(1)) / 2)
+
+
+def test_a_teacher_sees_many_chips_in_parts(
+    teacher: Path, lfw_faces: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chips = np.concatenate([lfw_faces[:, ::20, ::20], 255 - lfw_faces[:, ::20, ::20], lfw_faces[:, 10::20, 10::20]])
+    read = Mock(side_effect=lambda part: chips[list(part)])
+    monkeypatch.setattr("training.distill.load_chips", lambda samples, *_, **__: (samples, SimpleNamespace(read=read)))
+    samples: Any = range(len(chips))
+    whole = teacher_probs(teacher, samples, Path("cache"), torch.device("cpu"))
+    monkeypatch.setattr(training.distill, "_PART", training.loop.EVAL_BATCH)
+    read.reset_mock()
+    parts = teacher_probs(teacher, samples, Path("cache"), torch.device("cpu"))
+    assert [len(call.args[0]) for call in read.call_args_list] == [128, 128, 44]
+    assert len(whole.age) == len(chips)
+    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
 
 
 def test_a_teacher_that_finds_fewer_faces_is_refused(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1339,6 +1525,22 @@ def test_standardized_weights_compute_the_same_and_suit_training(lfw_faces: np.n
         standardize(backbone, chips)
         assert torch.allclose(backbone(chips), before, atol=1e-3)
         assert torch.nn.functional.cosine_similarity(backbone.train()(chips), before).min() > 0.99
+
+
+def test_weights_whose_normalizations_are_not_folded_stay_as_published(options: TrainOptions) -> None:
+    paired = replace(options, backbone="face_resnet+efficientnet_lite0@64", dropout=0.0, drop_path=0.0)
+    faces = load_faces(paired)
+    network = create_network(paired.backbone, pretrained=True, dropout=0.0, drop_path=0.0).eval()
+    chips = training.run._sample(faces, paired)
+    kernels = [next(normalized_convolutions(branch))[0].weight.clone() for branch in network.branches]
+    with torch.no_grad():
+        before = [branch(chips) for branch in network.branches]
+        training.run._initialize(network, faces, paired)
+        for branch, features in zip(network.branches, before, strict=True):
+            assert torch.allclose(branch(chips), features, atol=1e-3)
+    face, lite = (next(normalized_convolutions(branch))[0].weight for branch in network.branches)
+    assert not torch.allclose(face, kernels[0])
+    assert torch.equal(lite, kernels[1])
 
 
 def test_channels_that_hardly_answer_are_not_blown_up() -> None:
@@ -1666,6 +1868,21 @@ def test_a_backbone_that_cannot_be_quantized_is_refused_before_training(options:
     with pytest.raises(ValueError, match="--precision float32"):
         check_exportable(network, options)
     check_exportable(network, replace(options, precision="float32"))
+
+
+def test_a_backbone_is_tried_on_the_chips_of_all_epochs(options: TrainOptions) -> None:
+    class Picky(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.shape[-1] == 84:
+                raise ValueError("no 84 pixels")
+            return x.mean((2, 3)).repeat(1, 171)[:, :512]
+
+    network = create_network("resnet18", pretrained=False, dropout=0.0, drop_path=0.0)
+    network.branches[0].backbone = Picky()
+    exported = replace(options, precision="float32")
+    check_exportable(network, replace(exported, epochs=2))
+    with pytest.raises(ValueError, match=r"chips of 72 to 96 pixels .*\(ValueError: no 84 pixels\)"):
+        check_exportable(network, replace(exported, epochs=3))
 
 
 def test_a_backbone_of_another_size_is_refused_before_training(options: TrainOptions) -> None:

@@ -33,6 +33,7 @@ import agegender.image
 from agegender import AgeGenderError, FaceDetector, cut_chip
 from agegender.detector import DECODE_SIDE_PX
 from agegender.image import read_header
+from agegender.process import core_count
 from training.data import Rejected, Sample
 from training.files import written_whole
 
@@ -184,7 +185,7 @@ def _cut_all(samples: Sequence[Sample], cut: "partial[_Outcome]") -> Iterator[_O
         yield from bar(map(cut, paths))
         return
     # Spawned, not forked: this process may have threads of torch, whose locks a fork would copy as they are.
-    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=_take_one_thread) as pool:
+    with ProcessPoolExecutor(core_count(), get_context("spawn"), initializer=_take_one_thread) as pool:
         try:
             yield from bar(pool.map(cut, paths, chunksize=64))
         except BrokenProcessPool as error:

@@ -41,6 +41,8 @@ _NAME: Final = re.compile(r"(?P<age>\d+)_(?P<gender>\d+)_(?:(?P<race>\d)_)?[^_]*
 # aligned UTKFace chips pairs within 44 bits are the same photograph by eye; from 50 on, other people appear.
 _NEAR_BITS: Final = 46
 
+_PAIRS: Final = 2**24  # of hashes, compared at once in 64 MB
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -177,6 +179,7 @@ def near_duplicate_groups(hashes: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64
     """
     signs = hashes.astype(np.float32) * 2 - 1
     parents = np.arange(len(signs))
+    rows = max(1, _PAIRS // max(1, len(signs)))
 
     def root(index: int) -> int:
         while parents[index] != index:
@@ -184,8 +187,8 @@ def near_duplicate_groups(hashes: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64
             index = int(parents[index])
         return index
 
-    for start in range(0, len(signs), 1024):
-        differing = (signs.shape[1] - signs[start : start + 1024] @ signs.T) / 2
+    for start in range(0, len(signs), rows):
+        differing = (signs.shape[1] - signs[start : start + rows] @ signs.T) / 2
         for row, other in np.argwhere(differing <= _NEAR_BITS):
             low, high = sorted((root(start + int(row)), root(int(other))))
             parents[high] = low

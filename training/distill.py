@@ -6,21 +6,23 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from training.cache import load_chips
 from training.data import Rejected, Sample
 from training.earlier import read_run, restore
-from training.loop import BEST, load_weights, predict_logits, save_whole
+from training.loop import BEST, EVAL_BATCH, load_weights, predict_logits, save_whole
 from training.loss import Probs
-from training.network import create_network
-from training.options import TrainOptions
+from training.network import Network, create_network
+from training.options import OPTIONS, TrainOptions
 from training.quantize import is_rounded
 
 __all__ = ["TAUGHT", "average", "check_teacher", "taught", "teacher_probs"]
 
 TAUGHT: Final = "taught.pt"
 _ROLE: Final = "teacher"
+_PART: Final = 8 * EVAL_BATCH  # chips in memory at once; batches stay as they would be of all
 
 
 def check_teacher(run_dir: Path) -> None:
@@ -59,13 +61,18 @@ def teacher_probs(run_dir: Path, samples: Sequence[Sample], cache_dir: Path, dev
     """
     options, weights = _read_run(run_dir)
     network = create_network(options["backbone"], pretrained=False, dropout=0.0, drop_path=0.0)
-    restore(network, weights, run_dir, _ROLE)
+    restore(network, weights, options["size"], f"the {_ROLE} {run_dir} holds", f"its {OPTIONS} names")
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     size_px, margin = options["size"], options["margin"]
     cut, cache = load_chips(samples, size_px, margin=margin, cache_dir=cache_dir, rejected=Rejected())
     if len(cut) != len(samples):
         raise ValueError(f"the teacher {run_dir} finds no face in {len(samples) - len(cut)} of the training pictures")
-    chips = cache.read(samples)
+    parts = [samples[start : start + _PART] for start in range(0, len(samples), _PART)]
+    probs = [_probs_both_ways(network, cache.read(part), device) for part in parts]
+    return Probs(*(torch.cat(column) for column in zip(*probs, strict=True)))
+
+
+def _probs_both_ways(network: Network, chips: npt.NDArray[np.uint8], device: torch.device) -> Probs:
     straight = predict_logits(network, chips, device)
     mirrored = predict_logits(network, np.ascontiguousarray(chips[:, :, ::-1]), device)
     return average([Probs(*(each.softmax(dim=1) for each in logits)) for logits in (straight, mirrored)])

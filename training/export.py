@@ -75,7 +75,7 @@ def check_exportable(network: Network, options: TrainOptions, second_look: Secon
     Raises:
         ValueError: it cannot.
     """
-    sizes = options.train_size(0), options.size
+    sizes = sorted({options.train_size(epoch) for epoch in range(options.epochs)} | {options.size})
     try:
         trained = copy.deepcopy(network).eval()
         chips = [torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8) for size in sizes]
@@ -89,7 +89,7 @@ def check_exportable(network: Network, options: TrainOptions, second_look: Secon
         reason = f"{type(error).__name__}: {said}".rstrip(".: ")
         precision = ", --precision float32" if options.precision == "int8" else ""
         raise ValueError(
-            f"{options.backbone} cannot be trained on chips of {sizes[0]} to {sizes[1]} pixels and exported in "
+            f"{options.backbone} cannot be trained on chips of {sizes[0]} to {sizes[-1]} pixels and exported in "
             f"{options.precision} ({reason}); try --backbone face_resnet{precision} or another --size with "
             "--no-progressive"
         ) from error

@@ -37,13 +37,16 @@ from training.options import TrainOptions
 __all__ = [
     "BEST",
     "CURVE",
+    "EVAL_BATCH",
     "LAST",
+    "START_OVER",
     "AugmentedChips",
     "Batch",
     "EpochResult",
     "TrainState",
     "epoch_batches",
     "initial_state",
+    "lacks_memory",
     "load_weights",
     "make_deterministic",
     "predict_logits",
@@ -62,7 +65,8 @@ CURVE: Final = "curve.csv"
 _GRADIENT_CLIP: Final = 5.0
 _WARM_UP_SHARE: Final = 0.1
 
-_EVAL_BATCH: Final = 128
+EVAL_BATCH: Final = 128
+START_OVER: Final = "give another --out-dir, or --no-resume to start over"
 
 _SMALLER: Final = "lower --batch-size or --size, and give another --out-dir"
 
@@ -169,9 +173,15 @@ def _lack_of_memory_told() -> Iterator[None]:
                 "a process that augments chips died, mostly for lack of memory; the same command goes on, "
                 "--num-workers 0 without such processes"
             ) from error
-        if "not enough memory" in str(error) or "can't allocate memory" in str(error):
+        if lacks_memory(error):
             raise ValueError(f"there is no memory left for a batch; {_SMALLER}") from error
         raise
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether this is how Python or torch say that memory is full, the latter in bare RuntimeErrors too."""
+    told = "not enough memory" in str(error) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and told)
 
 
 def make_deterministic(seed: int) -> None:
@@ -214,8 +224,8 @@ class TrainState:
         return {name: getattr(self, name).state_dict() for name in self.__dataclass_fields__}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            getattr(self, name).load_state_dict(value)
+        for name in self.__dataclass_fields__:
+            getattr(self, name).load_state_dict(state[name])
 
 
 def initial_state(network: Network, samples: int, options: TrainOptions) -> TrainState:
@@ -250,12 +260,20 @@ def _warmed_up_average(decay: float) -> Callable[..., None]:
 
 
 def _resume(state: TrainState, options: TrainOptions) -> list[EpochResult]:
+    path = options.out_dir / LAST
     try:
-        checkpoint = load_weights(options.out_dir / LAST)
+        checkpoint = load_weights(path)
     except FileNotFoundError:
         return []
-    state.load_state_dict(checkpoint["state"])
-    return [EpochResult(**row) for row in checkpoint["curve"]]
+    try:
+        state.load_state_dict(checkpoint["state"])
+        return [EpochResult(**row) for row in checkpoint["curve"]]
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        if lacks_memory(error):
+            raise
+        raise ValueError(
+            f"{path} is of another version of this code or its libraries ({type(error).__name__}); {START_OVER}"
+        ) from error
 
 
 def _out_of_patience(curve: list[EpochResult], patience: int | None) -> bool:
@@ -392,8 +410,8 @@ def predict_logits(network: nn.Module, chips: npt.NDArray[np.uint8], device: tor
     """Runs the network, in evaluation mode, over (N, S, S, 3) uint8 chips; N logits come back on the CPU in float32."""
     network.eval()
     parts = []
-    for start in range(0, len(chips), _EVAL_BATCH):
-        batch = torch.from_numpy(chips[start : start + _EVAL_BATCH]).permute(0, 3, 1, 2)
+    for start in range(0, len(chips), EVAL_BATCH):
+        batch = torch.from_numpy(chips[start : start + EVAL_BATCH]).permute(0, 3, 1, 2)
         parts.append([part.float().cpu() for part in network(batch.to(device))])
     return Logits(*(torch.cat(column) for column in zip(*parts, strict=True)))
 

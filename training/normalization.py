@@ -26,7 +26,8 @@ def standardize(network: nn.Module, chips: Tensor) -> None:
     kernel yields about unit variance, so that one learning rate suits all of them.
 
     Args:
-        network: with loaded weights; changed in place.
+        network: with loaded weights whose normalizations are folded; changed in place. Of others, what the
+            normalizations divide by would be lost.
         chips: a sample of what the network takes.
     """
 

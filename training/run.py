@@ -6,26 +6,30 @@ import json
 import os
 import secrets
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from agegender import Model, ModelSpec
 from agegender.model import find_device
-from agegender.process import core_count, keep_freed_memory
+from agegender.process import core_count, directory_lock, keep_freed_memory
 from agegender.spec import FORMAT_VERSION
 from training.backbones import FOLDED
 from training.branch import join, parse_backbones
 from training.calibrate import COVERAGE, LEAST_TO_COVER, calibrate
 from training.data import Rejected, check_data_dir, evenly_chosen
 from training.dataset import ARTIFACT, Faces, load_faces, read_splits, splits_path, write_splits
-from training.deploy import TwoLooks, deploy
+from training.deploy import Deployed, TwoLooks, deploy
 from training.distill import TAUGHT, check_teacher, taught
+from training.earlier import earlier_options, refuse_rounded, restore
 from training.evaluate import METRICS_FILE, REPORT_FILE, evaluate, keep_fonts_in, predict_chips
 from training.export import check_exportable, export
 from training.files import written_whole
@@ -33,6 +37,7 @@ from training.loop import (
     BEST,
     CURVE,
     LAST,
+    START_OVER,
     load_weights,
     make_deterministic,
     predict_logits,
@@ -42,7 +47,7 @@ from training.loop import (
 )
 from training.loss import Targets, label_targets
 from training.metrics import Scored, measure
-from training.network import Network, create_network
+from training.network import Logits, Network, create_network
 from training.normalization import standardize
 from training.options import OPTIONS, TrainOptions, read_options
 from training.quantize import is_rounded, round_to_eight_bits
@@ -51,7 +56,6 @@ from training.second_look import SecondLook, load_second_look
 __all__ = ["run"]
 
 _LABELS: Final = "labels_sha256"  # stands beside the options
-_START_OVER: Final = "give another --out-dir, or --no-resume to start over"
 _STATISTICS: Final = 512  # chips that statistics of activations are estimated from
 
 # Options that tell of this machine alone.
@@ -71,27 +75,46 @@ def run(options: TrainOptions) -> Path:
         Path of the artifact in `options.out_dir`.
 
     Raises:
-        ValueError: options or data that cannot be trained with.
+        ValueError: options or data that cannot be trained with, or another run is writing to `options.out_dir`.
         ModelLoadError: there is no such device.
     """
     options = _with_absolute_paths(options)
     keep_fonts_in(options.cache_dir)
-    if _has_begun(options):
-        _check_options(options)
+    with _alone_in(options.out_dir):
+        return _run(options)
+
+
+@contextmanager
+def _alone_in(out_dir: Path) -> Iterator[None]:
+    """Makes and locks the folder: of two runs in it, one could be tested on what the other was trained on."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(directory_lock(out_dir.resolve()))
+        except BlockingIOError as error:
+            raise ValueError(f"another run is writing to {out_dir}; wait for it, or give another --out-dir") from error
+        except OSError:  # storage without locks, which is no reason not to train
+            pass
+        yield
+
+
+def _run(options: TrainOptions) -> Path:
+    """`run` in a folder of its own."""
+    resumed = _resumed_options(options)
     device = _prepare(options)
     _check_sources(options)
     second_look = load_second_look(options.second_look, options) if options.second_look else None
-    state, network = _checkpoint_state(options), _created_network(options, second_look)
+    network = _created_network(options, second_look)
     faces = load_faces(options)
     print(_summary(faces), flush=True)
     if len(faces.samples["train"]) < options.workers:
         raise ValueError(
             f"{len(faces.samples['train'])} training pictures for {options.workers} workers; lower --workers"
         )
-    if _has_begun(options):
-        _check_faces(faces, options)
-    _initialize(network, state, faces, options)
-    _begin(options, faces)
+    if resumed is not None:
+        _check_faces(faces, options, resumed)
+    _initialize(network, faces, options)
+    _record_beginning(options, faces, anew=resumed is None)
     if options.epochs == 0:
         save_whole(network.state_dict(), options.out_dir / BEST)
     elif options.workers > 1:
@@ -135,17 +158,26 @@ def _set_up_ray() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # or Ray keeps one in the home directory
 
 
-def _has_begun(options: TrainOptions) -> bool:
-    return options.resume and (options.out_dir / LAST).exists()
+def _resumed_options(options: TrainOptions) -> dict[str, Any] | None:
+    """What the run that this one goes on with began with; None where this one begins anew."""
+    if not options.resume or not (options.out_dir / LAST).exists():
+        return None
+    try:
+        resumed = read_options(options.out_dir)
+    except FileNotFoundError:
+        raise ValueError(f"{options.out_dir} holds a run that has lost its {OPTIONS}; {START_OVER}") from None
+    except ValueError as error:
+        raise ValueError(f"{error}; {START_OVER}") from None
+    _check_options(options, resumed)
+    return resumed
 
 
-def _check_options(options: TrainOptions) -> None:
+def _check_options(options: TrainOptions, resumed: dict[str, Any]) -> None:
     """Refuses to go on with other options than the run in `out_dir` began with."""
-    begun = _begun(options)
     resolved = _resolved(options)
-    changed = [name for name in resolved if name not in _FREE and begun.get(name) != resolved[name]]
+    changed = [name for name in resolved if name not in _FREE and resumed.get(name) != resolved[name]]
     if changed:
-        raise ValueError(f"{options.out_dir} holds a run with other options ({', '.join(changed)}); {_START_OVER}")
+        raise ValueError(f"{options.out_dir} holds a run with other options ({', '.join(changed)}); {START_OVER}")
 
 
 def _resolved(options: TrainOptions) -> dict[str, Any]:
@@ -154,29 +186,18 @@ def _resolved(options: TrainOptions) -> dict[str, Any]:
     return resolved
 
 
-def _begun(options: TrainOptions) -> dict[str, Any]:
-    """What the run in `out_dir` began with."""
-    try:
-        return read_options(options.out_dir)
-    except FileNotFoundError:
-        raise ValueError(f"{options.out_dir} holds a run that has lost its {OPTIONS}; {_START_OVER}") from None
-    except ValueError as error:
-        raise ValueError(f"{error}; {_START_OVER}") from None
-
-
-def _check_faces(faces: Faces, options: TrainOptions) -> None:
+def _check_faces(faces: Faces, options: TrainOptions, resumed: dict[str, Any]) -> None:
     """Refuses to go on with other splits or labels: what was trained on could come to be tested on."""
     changes = read_splits(splits_path(options.out_dir / ARTIFACT)).changes(faces.splits())
     if changes:
-        raise ValueError(f"{options.out_dir} holds a run with other pictures ({changes}); {_START_OVER}")
-    if _begun(options).get(_LABELS) != faces.labels_digest():
-        raise ValueError(f"{options.out_dir} holds a run with other labels of these pictures; {_START_OVER}")
+        raise ValueError(f"{options.out_dir} holds a run with other pictures ({changes}); {START_OVER}")
+    if resumed.get(_LABELS) != faces.labels_digest():
+        raise ValueError(f"{options.out_dir} holds a run with other labels of these pictures; {START_OVER}")
 
 
-def _begin(options: TrainOptions, faces: Faces) -> None:
+def _record_beginning(options: TrainOptions, faces: Faces, *, anew: bool) -> None:
     """Records what the run trains on and how; what an earlier run left goes, unless this one goes on with it."""
-    options.out_dir.mkdir(parents=True, exist_ok=True)
-    if not _has_begun(options):
+    if anew:
         for name in (LAST, BEST, CURVE, ARTIFACT, METRICS_FILE, REPORT_FILE):
             (options.out_dir / name).unlink(missing_ok=True)
     if not options.resume:
@@ -210,44 +231,50 @@ def _write_rejected(rejected: Rejected, path: Path) -> None:
 
 
 def _created_network(options: TrainOptions, second_look: SecondLook | None) -> Network:
-    """The network with its published weights, which can be trained and exported as asked."""
+    """The network with its published weights or the checkpoint's, which can be trained and exported as asked."""
+    state = _checkpoint_state(options)
     network = create_network(
         options.backbone,
-        pretrained=options.pretrained and not options.checkpoint,
+        pretrained=options.pretrained and state is None,
         dropout=options.dropout,
         drop_path=options.drop_path,
         weights=options.weights,
     )
     check_exportable(network, options, second_look)
+    if state is not None:
+        restore(network, state, options.size, f"{_checkpoint_names(options)}:", options.backbone)
     return network
 
 
-def _initialize(network: Network, state: dict[str, Any] | None, faces: Faces, options: TrainOptions) -> None:
-    """Gives the network the checkpoint's state, or published weights statistics of the faces; rounds it if asked."""
-    rounded = state is not None and is_rounded(state)
-    if rounded:
-        round_to_eight_bits(network, _sample(faces, options))
-    if state is not None:
-        _load_state(network, state, options)
-    elif options.pretrained and any(name in FOLDED for name, _ in parse_backbones(options.backbone)):
-        standardize(network, _sample(faces, options))
-    if options.quantization_aware and not rounded:
+def _initialize(network: Network, faces: Faces, options: TrainOptions) -> None:
+    """Gives published weights the statistics of the faces that folding lost, and rounds to 8 bits if asked."""
+    if options.pretrained and not options.checkpoint:
+        for branch, (name, _) in zip(network.branches, parse_backbones(options.backbone), strict=True):
+            if name in FOLDED:
+                standardize(branch, _sample(faces, options))
+    if options.quantization_aware and not is_rounded(network.state_dict()):
         round_to_eight_bits(network, _sample(faces, options))
 
 
 def _checkpoint_state(options: TrainOptions) -> dict[str, Any] | None:
     if not options.checkpoint:
         return None
+    names = _checkpoint_names(options)
     try:
         if options.epochs == 0:
-            _check_age_loss(options)
+            _check_trained_alike(options)
         states = [_read_weights(path) for path in options.checkpoint]
+        if len({is_rounded(state) for state in states}) > 1:
+            raise ValueError(f"{names}: some were trained in 8 bits and others not; give all of one kind")
         state = join(states) if len(states) > 1 else states[0]
     except (OSError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{_names(options.checkpoint)}: no weights of a training ({error})") from error
-    if is_rounded(state) and options.precision != "int8":
-        raise ValueError(f"{_names(options.checkpoint)}: trained in 8 bits; leave out --precision float32")
+        raise ValueError(f"{names}: no weights of a training ({error})") from error
+    refuse_rounded(state, options, f"{names}:")
     return state
+
+
+def _checkpoint_names(options: TrainOptions) -> str:
+    return ", ".join(map(str, options.checkpoint))
 
 
 def _read_weights(path: Path) -> dict[str, Any]:
@@ -257,26 +284,15 @@ def _read_weights(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_age_loss(options: TrainOptions) -> None:
-    """Without an epoch, what is predicted must be what the checkpoint was trained to predict."""
-    for path in options.checkpoint:
-        told = (path.parent / OPTIONS).exists()
-        trained = read_options(path.parent).get("age_loss", "distribution") if told else options.age_loss
-        if trained != options.age_loss:
-            raise ValueError(f"{path} was trained with --age-loss {trained}; give it here too")
-
-
-def _load_state(network: Network, state: dict[str, Any], options: TrainOptions) -> None:
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{_names(options.checkpoint)}: weights of another backbone than {options.backbone}"
-        ) from error
-
-
-def _names(paths: tuple[Path, ...]) -> str:
-    return ", ".join(map(str, paths))
+def _check_trained_alike(options: TrainOptions) -> None:
+    """Without an epoch, chips and predictions must be those that the checkpoint was trained with."""
+    told = [path for path in options.checkpoint if (path.parent / OPTIONS).exists()]
+    for path in told:
+        trained = earlier_options(path.parent)
+        for name in ("age_loss", "margin"):
+            if trained[name] != getattr(options, name):
+                flag = name.replace("_", "-")
+                raise ValueError(f"{path} was trained with --{flag} {trained[name]}; give it here too")
 
 
 def _sample(faces: Faces, options: TrainOptions) -> Tensor:
@@ -298,11 +314,7 @@ def _finish(network: Network, faces: Faces, options: TrainOptions, second_look: 
     """Calibrates on validation, exports, measures the exported file on test, and puts the figures into it."""
     val, test = faces.samples["val"], faces.samples["test"]
     deployed = deploy(network, _sample(faces, options), options, second_look)
-    chips = faces.chips.read(val)
-    logits = predict_logits(deployed, chips, torch.device("cpu"))
-    if isinstance(deployed, TwoLooks):
-        first = predict_logits(deployed.first, chips, torch.device("cpu"))
-        print(f"second look: {len(deployed.unsure(first.gender)) / len(val):.1%} of the validation faces")
+    logits = _validation_logits(deployed, faces.chips.read(val))
     ages = torch.tensor([float(sample.labels.age_years) for sample in val])
     calibration = calibrate(logits, ages, torch.tensor([sample.labels.gender for sample in val]), mean=options.mean)
     path, spec = options.out_dir / ARTIFACT, _spec(options, second_look)
@@ -316,6 +328,19 @@ def _finish(network: Network, faces: Faces, options: TrainOptions, second_look: 
     evaluate(Model(path, device="cpu"), test, faces.chips, options.out_dir, curve=curve)
     print(f"artifact: {path}")
     return path
+
+
+def _validation_logits(deployed: Deployed | TwoLooks, chips: npt.NDArray[np.uint8]) -> Logits:
+    """What the artifact's network says of the validation faces, with a line on how many it looks at twice."""
+    device = torch.device("cpu")
+    if not isinstance(deployed, TwoLooks):
+        return predict_logits(deployed, chips, device)
+    seen: list[int] = []
+    counter = deployed.second.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    logits = predict_logits(deployed, chips, device)
+    counter.remove()  # TorchScript would compile it
+    print(f"second look: {sum(seen) / len(chips):.1%} of the validation faces")
+    return logits
 
 
 def _spec(options: TrainOptions, second_look: SecondLook | None) -> ModelSpec:

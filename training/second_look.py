@@ -3,13 +3,10 @@
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import torch
-
 from training.branch import parse_backbones
-from training.earlier import read_run, restore
+from training.earlier import read_run, refuse_rounded, restore
 from training.network import Network, create_network
-from training.options import TrainOptions
-from training.quantize import is_rounded, round_to_eight_bits
+from training.options import OPTIONS, TrainOptions
 
 __all__ = ["SecondLook", "load_second_look"]
 
@@ -41,12 +38,8 @@ def load_second_look(run_dir: Path, options: TrainOptions) -> SecondLook:
         raise ValueError(f"the {_ROLE} {run_dir} was trained with --age-loss {loss}, which predicts otherwise")
     if earlier["second_look"]:
         raise ValueError(f"the {_ROLE} {run_dir} looks twice itself; give a run without --second-look")
-    if is_rounded(weights) and options.precision != "int8":
-        raise ValueError(f"the {_ROLE} {run_dir} was trained in 8 bits; leave out --precision float32")
+    refuse_rounded(weights, options, f"the {_ROLE} {run_dir} was")
     backbone = "+".join(f"{name}@{side or earlier['size']}" for name, side in parse_backbones(earlier["backbone"]))
     network = create_network(backbone, pretrained=False, dropout=0.0, drop_path=0.0)
-    if is_rounded(weights):
-        any_chips = torch.arange(3 * options.size**2).view(1, 3, options.size, options.size).to(torch.uint8)
-        round_to_eight_bits(network, any_chips)  # the ranges are among the weights
-    restore(network, weights, run_dir, _ROLE)
+    restore(network, weights, options.size, f"the {_ROLE} {run_dir} holds", f"its {OPTIONS} names")
     return SecondLook(network, backbone, earlier["mirror"])
