@@ -4,6 +4,7 @@ The chain stays one: `Predictor` runs as ever, with a model that is elsewhere. A
 names to its records, so what holds for checkpoints and order holds here.
 """
 
+import faulthandler
 import random
 from typing import TYPE_CHECKING, Any, Final
 
@@ -55,6 +56,7 @@ class RemoteModel:
 
     def predict(self, chips: Pixels) -> "Predictions":
         """See `Model.predict`."""
+        faulthandler.cancel_dump_traceback_later()  # of `Scorer`: a GPU that stands still is not the input's fault
         predictions: Predictions = ray.get(random.choice(self._processes).predict.remote(chips))
         return predictions
 

@@ -1,5 +1,6 @@
 """The actor: a block of names in, its records out. Whatever an input does, it gets its records."""
 
+import faulthandler
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -25,6 +26,7 @@ __all__ = ["BLOCK_SCHEMA", "Scorer", "score"]
 BLOCK_SCHEMA: Final = pa.schema([pa.field("block", pa.int64()), pa.field("id", pa.int64()), *arrow_schema()])
 
 _REPORT_EVERY_S: Final = 0.5
+_STUCK_S: Final = 600  # more than any image takes, or the largest file over a slow network
 _DIED: Final = "the process that worked on this file died, each time"
 
 
@@ -55,7 +57,10 @@ class Scorer:
 
     def __call__(self, blocks: pa.Table) -> pa.Table:
         """Rows of `batch.listing.MANIFEST_SCHEMA` -> rows of `BLOCK_SCHEMA`."""
-        rows = [row for block in blocks.to_pylist() for row in self._score(block)]
+        try:
+            rows = [row for block in blocks.to_pylist() for row in self._score(block)]
+        finally:
+            faulthandler.cancel_dump_traceback_later()
         return pa.Table.from_pylist(rows, schema=BLOCK_SCHEMA)
 
     def _score(self, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -65,7 +70,7 @@ class Scorer:
         careful, fatal = self._tally.begin(number)
         errors = [_DIED if path in fatal else error for path, error in zip(paths, block["errors"], strict=True)]
         self._report, self._input_s = BlockReport(), {}
-        self._told = time.monotonic()
+        self._stay_alive()
         results = score(self._predictor, paths, errors, lambda path: self._read(number, path, careful))
         for id_, result in enumerate(results, block["first_id"]):
             first = not self._report.statuses
@@ -78,7 +83,12 @@ class Scorer:
     def _tell(self, block: int, *, at_once: bool = False) -> None:
         if at_once or time.monotonic() - self._told > _REPORT_EVERY_S:
             self._tally.report(block, self._report)
-            self._told = time.monotonic()
+            self._stay_alive()
+
+    def _stay_alive(self) -> None:
+        """Puts off the end of this process, which is all that helps where an input makes it stand still."""
+        self._told = time.monotonic()
+        faulthandler.dump_traceback_later(_STUCK_S, exit=True)
 
     def _read(self, block: int, path: str, careful: bool) -> bytes:
         if careful:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.slow
 
 INPUTS = 1500
 TIMEOUT_S = 280
+DIED = "the process that worked on this file died, each time"
 
 
 def command(*arguments: object) -> list[str]:
@@ -152,6 +154,38 @@ def test_workers_killed_while_they_score(
     assert process.wait(TIMEOUT_S) == 0
     assert killed >= 2
     assert outcomes(out).equals(unbroken)
+
+
+STALLED = """
+import sys, time
+import batch.job, batch.scorer
+from batch.__main__ import main
+
+class Stalled(batch.scorer.Scorer):
+    def __init__(self, **options):
+        super().__init__(**options)
+        batch.scorer._STUCK_S = 3
+
+    def _read(self, block, path, careful):
+        data = super()._read(block, path, careful)
+        while path.endswith("00007.jpg"):
+            time.sleep(60)
+        return data
+
+batch.job.Scorer = Stalled
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_input_on_which_processes_stand_still_is_given_up(chips: Path, unbroken: pa.Table, tmp_path: Path) -> None:
+    arguments = [chips, tmp_path / "out", "--faces", "whole"]
+    ended = subprocess.run([sys.executable, "-c", STALLED, *map(str, arguments)], timeout=TIMEOUT_S, check=False)
+    assert ended.returncode == 0
+    rows = outcomes(tmp_path / "out")
+    (stalled,) = rows.filter(pc.equal(rows["status"], "failed")).to_pylist()
+    assert (Path(stalled["path"]).name, stalled["error"]) == ("00007.jpg", DIED)
+    others = pc.not_equal(rows["id"], stalled["id"])
+    assert rows.filter(others)["path"].equals(unbroken.filter(others)["path"])
 
 
 def test_a_model_in_a_process_of_its_own_starts_again_when_it_is_killed(

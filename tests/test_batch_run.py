@@ -10,6 +10,7 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
 import warnings
 from collections import Counter
@@ -1320,6 +1321,40 @@ def test_a_file_that_kills_its_process_is_given_up(model_path: Path, tmp_path: P
     assert rows["status"].to_pylist() == ["ok", "ok", "ok", "failed", "ok", "ok"]
     assert "died" in rows["error"].to_pylist()[3]
     assert bad_count(tally.total().statuses) == 1
+
+
+STANDING_STILL = """
+import sys, time
+from pathlib import Path
+import batch.scorer
+from batch.listing import Input, blocks_of
+from batch.progress import Tally
+from batch.request import ScoreOptions
+
+class Stalled(batch.scorer.Scorer):
+    def _read(self, block, path, careful):
+        data = super()._read(block, path, careful)
+        while path.endswith("stalled.png"):
+            time.sleep(60)
+        return data
+
+scorer = Stalled(ScoreOptions(faces="whole"), Path(sys.argv[1]).read_bytes(), Tally())
+batch.scorer._STUCK_S = 1
+for path in sys.argv[2:]:
+    print(*(scorer(table)["status"][0] for table in blocks_of([Input(path)])), flush=True)
+    time.sleep(2)
+"""
+
+
+def test_a_process_that_stands_still_on_an_input_ends_itself(model_path: Path, tmp_path: Path) -> None:
+    """And at no other time."""
+    paths = [tmp_path / "good.png", tmp_path / "stalled.png"]
+    for path in paths:
+        Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(path)
+    command = [sys.executable, "-c", STANDING_STILL, *map(str, (model_path, *paths))]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "ok\n"), ended.stderr
+    assert "Timeout" in ended.stderr
 
 
 def test_reading_is_told_of_before_there_is_a_result(
