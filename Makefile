@@ -81,7 +81,7 @@ serve: $(READY) ## Start the server; returns when it answers predictions: MODEL=
 # Installs nothing: packages must not be replaced under a server that runs, nor must a lack of network keep it running.
 stop: ## Let running requests finish, then stop the server
 	@if test -x $(BIN)/python; then $(BIN)/python -m handler stop $(ARGS); \
-		else echo 'make stop: there is no $(BIN)/python, so no server of this checkout runs'; fi
+		else echo 'make stop: there is no $(BIN)/python; if a server runs, call `make setup` first' >&2; exit 2; fi
 
 stubs: $(READY) ## Build the Python stubs of the gRPC API into build/grpc
 	@$(BIN)/python -m handler stubs

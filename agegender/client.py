@@ -9,6 +9,7 @@ import ssl
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from http.client import BadStatusLine
 from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
@@ -283,6 +284,8 @@ def _reason(cause: Exception) -> str:
     if isinstance(cause, urllib3.exceptions.ConnectTimeoutError):
         return "no connection in time"
     if isinstance(cause, urllib3.exceptions.ProtocolError):
+        if type(cause.args[-1]) is BadStatusLine:  # a subclass of it stands for no answer at all
+            return "what it says is no HTTP"
         return "the connection broke off"
     return type(cause).__name__
 

@@ -32,7 +32,7 @@ __all__ = ["score_manifest"]
 # How often the tally is asked, before the first result and after it.
 _FIRST_POLL_S, _POLL_S = 0.25, 1.0
 
-_STUCK_S: Final = 1800
+_STUCK_S: Final = 3600  # an input on which processes stand still is given up before, see `batch.scorer`
 _TALLY_S: Final = 5
 _STOP_S: Final = 5
 
@@ -117,7 +117,7 @@ class _Patience:
         """Takes what the job has come to; None where that is not known.
 
         Raises:
-            JobError: for half an hour no input was read and none was done.
+            JobError: for an hour no input was read and none was done.
         """
         if report != self._last:
             self._last, self._since = report, time.monotonic()

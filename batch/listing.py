@@ -24,7 +24,7 @@ from pyarrow import fs
 from batch.errors import SourceError, first_line
 from batch.location import decode_path, encode_path, filesystem_of, is_pattern, is_remote, normalize
 
-__all__ = ["KNOWN", "MANIFEST_SCHEMA", "TWICE", "Input", "Listing", "block_size", "blocks_of", "digest", "shard_count"]
+__all__ = ["KNOWN", "MANIFEST_SCHEMA", "Input", "Listing", "block_size", "blocks_of", "digest", "shard_count"]
 
 # One shard is held in memory and sorted by name.
 _SHARD_INPUTS: Final = 65_536
@@ -32,11 +32,10 @@ _SHARD_INPUTS: Final = 65_536
 # A list is read in pieces of this size, and no path is as long.
 _LIST_BYTES: Final = 1 << 20
 
-# Why a glob passes a directory without a word: it is none.
-_PASSED: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+# Why a glob passes a directory without a word: it is none, or cannot hold that name.
+_PASSED: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 _REACHED: Final = "directory that was reached before, or the output itself"
-TWICE: Final = "named twice"
 KNOWN: Final = "already in the output"
 
 MANIFEST_SCHEMA: Final = pa.schema(
@@ -128,9 +127,10 @@ class Listing:
         for each in self._all():
             key = digest(each.path)
             if key in found:
-                self.excluded[TWICE] += 1
+                self.excluded["named twice"] += 1
             elif key in known:
                 self.excluded[KNOWN] += 1
+                found.add(key)
             else:
                 found.add(key)
                 yield each

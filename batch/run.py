@@ -17,7 +17,7 @@ from typing import Final
 import pyarrow.parquet as pq
 
 from batch.errors import JobError, OutputError, RequestError, SourceError, TooManyBadError, reason_of
-from batch.listing import KNOWN, TWICE, Input, Listing, blocks_of, digest
+from batch.listing import KNOWN, Input, Listing, blocks_of, digest
 from batch.location import normalize
 from batch.output import Output, Run, now
 from batch.progress import BlockReport, Progress, bad_count
@@ -273,11 +273,9 @@ def _append(job: _Job, finished: Run) -> Run | None:
 
 
 def _left_out_before(finished: Run, listing: Listing) -> dict[str, int]:
-    """What a finished run has left out, without what the listing that adds to it counts again."""
+    """What a finished run has left out, unless the listing that adds to it counts all of that again."""
     again = set(finished.sources) <= set(listing.sources)
-    excluded = finished.excluded or {}
-    # A name that came twice is known now, and counts as such.
-    return {reason: count for reason, count in excluded.items() if reason == TWICE or not again}
+    return {} if again else finished.excluded or {}
 
 
 def _known(output: Output) -> tuple[set[bytes], int]:

@@ -26,7 +26,11 @@ __all__ = ["BLOCK_SCHEMA", "Scorer", "score"]
 BLOCK_SCHEMA: Final = pa.schema([pa.field("block", pa.int64()), pa.field("id", pa.int64()), *arrow_schema()])
 
 _REPORT_EVERY_S: Final = 0.5
-_STUCK_S: Final = 600  # more than any image takes, or the largest file over a slow network
+
+# More than any image takes, or half a gigabyte at a megabyte a second. Where Python takes it by the clock on the wall,
+# as on macOS, a machine that sleeps that long ends its processes too, and their blocks are done again.
+_STUCK_S: Final = 600
+
 _DIED: Final = "the process that worked on this file died, each time"
 
 
@@ -70,6 +74,7 @@ class Scorer:
         careful, fatal = self._tally.begin(number)
         errors = [_DIED if path in fatal else error for path, error in zip(paths, block["errors"], strict=True)]
         self._report, self._input_s = BlockReport(), {}
+        self._told = time.monotonic()
         self._stay_alive()
         results = score(self._predictor, paths, errors, lambda path: self._read(number, path, careful))
         for id_, result in enumerate(results, block["first_id"]):
@@ -83,11 +88,11 @@ class Scorer:
     def _tell(self, block: int, *, at_once: bool = False) -> None:
         if at_once or time.monotonic() - self._told > _REPORT_EVERY_S:
             self._tally.report(block, self._report)
+            self._told = time.monotonic()
             self._stay_alive()
 
     def _stay_alive(self) -> None:
         """Puts off the end of this process, which is all that helps where an input makes it stand still."""
-        self._told = time.monotonic()
         faulthandler.dump_traceback_later(_STUCK_S, exit=True)
 
     def _read(self, block: int, path: str, careful: bool) -> bytes:
@@ -104,7 +109,9 @@ class Scorer:
     def _on_stage(self, stage: str, seconds: float) -> None:
         stages_s = self._report.stages_s
         stages_s[stage] = stages_s.get(stage, 0.0) + seconds
-        if stage != "predict":  # which is of many inputs together
+        if stage == "predict":
+            self._stay_alive()  # a model that is elsewhere has suspended that
+        else:  # predicting is of many inputs together
             self._input_s[self._input] = self._input_s.get(self._input, 0.0) + seconds
 
 

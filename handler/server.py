@@ -276,12 +276,12 @@ class Server:
             _wait(lambda: not any(each["jobQueueStatus"]["pendingRequests"] for each in self._versions()), deadline - 5)
         except ServingError as error:
             _log.warning("%s; requests that wait in its queue were not waited for", error)
-        locks = set(_busy_locks(workers))
-        if workers and not locks and time.monotonic() < deadline:
+        if time.monotonic() < deadline and not all(map(_is_in_sight, workers)):
             _log.warning(
-                "the workers' locks are not to be seen from here, as under systemd's PrivateTmp; "
+                "the workers' directories are not to be seen from here, as under systemd's PrivateTmp; "
                 "requests in work were not waited for"
             )
+        locks = set(_busy_locks(workers))
         for lock in locks:
             lock.with_name(DRAINING).touch()
         if locks and _wait(lambda: all(map(_is_free, locks)), deadline):
@@ -299,6 +299,11 @@ class Server:
         except (OSError, HTTPException, json.JSONDecodeError, UnicodeDecodeError):  # the last two: it is another server
             return []
         if status == 400 and b"InvalidKeyException" in body:
+            if not self.key("management"):
+                raise ServingError(
+                    f"cannot read the management key in {self.directory / KEY_FILE}, which the user that started the "
+                    "server alone can; call this as that user"
+                )
             raise ServingError(
                 f"the server refuses the management key of {self.directory / KEY_FILE}, as one that has expired or is "
                 "another server's; renew the keys as docs/operations.md shows under Tokens"
@@ -399,6 +404,14 @@ def _lines_after(log: Path, old_bytes: int) -> list[str]:
     """What was written after a file had so many bytes; all of it where it is shorter, since it was begun anew."""
     written = log.read_bytes() if log.exists() else b""
     return written[old_bytes if len(written) >= old_bytes else 0 :].decode(errors="replace").splitlines()
+
+
+def _is_in_sight(worker: psutil.Process) -> bool:
+    """Whether the directory that a worker runs in is there for this process too."""
+    try:
+        return Path(worker.cwd()).exists()
+    except psutil.Error:  # it has ended
+        return True
 
 
 def _busy_locks(workers: list[psutil.Process]) -> Iterator[Path]:

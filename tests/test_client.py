@@ -86,6 +86,10 @@ def _handler(script: Script) -> type[BaseHTTPRequestHandler]:
                 self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n{"path"')
                 self.close_connection = True
                 return
+            if isinstance(answer, bytes):
+                self.wfile.write(answer)
+                self.close_connection = True
+                return
             status, document, *headers = answer
             text = document if isinstance(document, bytes) else json.dumps(document).encode()
             self.send_response(status)
@@ -170,6 +174,11 @@ def test_it_is_sent_again_as_often_as_was_asked_for(scripted: Any, connect: Any,
     with pytest.raises(ServerError, match=r"does not answer \(the connection broke off\)"):
         connect(script, retries=retries).predict([b"1"])
     assert len(script.requests) == retries + 1
+
+
+def test_what_speaks_another_protocol_is_told_of(scripted: Any, connect: Any) -> None:
+    with pytest.raises(ServerError, match=r"does not answer \(what it says is no HTTP\)"):
+        connect(scripted(b"SSH-2.0-OpenSSH\r\n"), retries=0).predict([b"1"])
 
 
 @pytest.mark.parametrize("kind", [bytearray, memoryview, lambda data: memoryview(data).cast("I")])

@@ -223,6 +223,9 @@ def test_an_interrupt_while_it_drains_ends_the_server(
     assert java.wait(timeout=10) is not None
 
 
+OLD_KEY = '{"management": {"key": "old"}}'
+
+
 def _refuse(*_: Any) -> tuple[int, bytes]:
     """As TorchServe does where a token is wrong, missing or has expired."""
     return 400, b'{"code": 400, "type": "InvalidKeyException", "message": "Token Authentication failed."}'
@@ -235,11 +238,13 @@ def test_a_management_key_that_is_refused_is_told(
     """It is no sign of a server that is not ready."""
     monkeypatch.chdir(stopped.directory)
     monkeypatch.setattr(Server, "_get", _refuse)
-    assert main([command, "--config", str(stopped.config)]) == 2
-    told = capsys.readouterr()
     key_file = stopped.directory / "key_file.json"
-    assert told.out == ""
-    assert told.err.startswith(f"handler: the server refuses the management key of {key_file}, ")
+    for sentence in ("cannot read the management key in", "the server refuses the management key of"):
+        assert main([command, "--config", str(stopped.config)]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert told.err.startswith(f"handler: {sentence} {key_file}, ")
+        key_file.write_text(OLD_KEY)
 
 
 def test_a_server_that_refuses_the_key_is_stopped_with_what_was_not_waited_for(
@@ -249,21 +254,27 @@ def test_a_server_that_refuses_the_key_is_stopped_with_what_was_not_waited_for(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(stopped, "_get", _refuse)
+    (stopped.directory / "key_file.json").write_text(OLD_KEY)
     assert stopped.stop()
     assert java.wait(timeout=10) is not None
     assert "refuses the management key" in caplog.text
     assert "requests that wait in its queue were not waited for" in caplog.text
 
 
-def test_workers_whose_locks_cannot_be_seen_are_told_where_they_would_be_waited_for(
-    stopped: Server, caplog: pytest.LogCaptureFixture
+def test_workers_whose_directories_cannot_be_seen_are_told_of_where_they_would_be_waited_for(
+    stopped: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As those under systemd's PrivateTmp cannot."""
-    worker = psutil.Process()  # which has no lock where it runs
-    stopped._drain([worker], time.monotonic())
-    assert caplog.text == ""
-    stopped._drain([worker], time.monotonic() + 10)
-    assert "the workers' locks are not to be seen from here" in caplog.text
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    with subprocess.Popen(["sleep", "60"], cwd=hidden) as worker:
+        stopped._drain([psutil.Process(worker.pid)], time.monotonic() + 10)  # which has no lock yet
+        hidden.rmdir()
+        stopped._drain([psutil.Process(worker.pid)], time.monotonic())
+        assert caplog.text == ""
+        stopped._drain([psutil.Process(worker.pid)], time.monotonic() + 10)
+        worker.kill()
+    assert "the workers' directories are not to be seen from here" in caplog.text
 
 
 def test_a_second_start_waits_for_no_first_and_harms_it_not(stopped: Server) -> None:

@@ -50,9 +50,11 @@ def _same_command(options: TrainOptions | None, earlier: int | None) -> str:
         options: as far as they are known.
         earlier: see `_checkpoint_time_ns`; before this call.
     """
-    if options is None or options.resume:
+    if options is None or (latest := _checkpoint_time_ns(options)) is None:
+        return "the same command begins again"
+    if options.resume:
         return "the same command goes on from the last checkpoint"
-    if _checkpoint_time_ns(options) in (None, earlier):  # that of an earlier run was to be thrown away
+    if latest == earlier:  # that of an earlier run was to be thrown away
         return "the same command begins again"
     return "the same command without --no-resume goes on from the last checkpoint"
 

@@ -285,7 +285,7 @@ def _read_weights(path: Path) -> dict[str, Any]:
 
 
 def _check_trained_alike(options: TrainOptions) -> None:
-    """Without an epoch, chips and predictions must be those that the checkpoint was trained with."""
+    """Without an epoch, margin and predictions must be those that the checkpoint was trained with."""
     told = [path for path in options.checkpoint if (path.parent / OPTIONS).exists()]
     for path in told:
         trained = earlier_options(path.parent)
