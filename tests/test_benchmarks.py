@@ -267,9 +267,10 @@ def test_the_job_is_timed_from_its_first_result(tmp_path: Path, monkeypatch: pyt
         return batch.Run("", 979, [(980, 1.0), (987, 5.0), (989, 8.0), (1000, 20.0)])
 
     monkeypatch.setattr(batch, "_run", run)
+    monkeypatch.setattr(batch, "_write_s", lambda _: 0.6)
     ours = batch.MEASURES["ours"](a_bench(tmp_path), "whole", [tmp_path / "a.jpg"], 100.0)
     assert (ours.images_per_s, ours.steady_per_s, ours.cpu_ms, ours.first_result_s) == (100, 120, pytest.approx(25), 9)
-    assert ours.stages_ms == {"read": 10, "rest": 10}  # 2 processes have 20 ms for each image
+    assert ours.stages_ms == {"read": 10, "write": 1, "rest": 9}  # 2 processes have 20 ms for each image
 
 
 def test_a_rate_is_compared_with_that_of_the_bare_predictor_in_its_round(
