@@ -110,7 +110,7 @@ class AgeGenderHandler:
 
         Nor where the images, decoded at once, could take more memory than a single one may.
         """
-        is_shared = alone and sum(map(count_pixels, items)) <= MAX_PIXELS
+        is_shared = alone and len(items) > 1 and sum(map(count_pixels, items)) <= MAX_PIXELS
         share = max(1, math.ceil(len(items) / (self._cores if is_shared else 1)))
         others = [
             self._threads.submit(predictor.predict, items[at : at + share]) for at in range(share, len(items), share)

@@ -276,12 +276,13 @@ class Server:
             _wait(lambda: not any(each["jobQueueStatus"]["pendingRequests"] for each in self._versions()), deadline - 5)
         except ServingError as error:
             _log.warning("%s; requests that wait in its queue were not waited for", error)
-        if time.monotonic() < deadline and not all(map(_is_in_sight, workers)):
+        directories = list(_directories(workers))
+        if time.monotonic() < deadline and not all(map(Path.exists, directories)):
             _log.warning(
                 "the workers' directories are not to be seen from here, as under systemd's PrivateTmp; "
                 "requests in work were not waited for"
             )
-        locks = set(_busy_locks(workers))
+        locks = {lock for directory in directories if (lock := directory / BUSY_LOCK).exists()}
         for lock in locks:
             lock.with_name(DRAINING).touch()
         if locks and _wait(lambda: all(map(_is_free, locks)), deadline):
@@ -406,23 +407,11 @@ def _lines_after(log: Path, old_bytes: int) -> list[str]:
     return written[old_bytes if len(written) >= old_bytes else 0 :].decode(errors="replace").splitlines()
 
 
-def _is_in_sight(worker: psutil.Process) -> bool:
-    """Whether the directory that a worker runs in is there for this process too."""
-    try:
-        return Path(worker.cwd()).exists()
-    except psutil.Error:  # it has ended
-        return True
-
-
-def _busy_locks(workers: list[psutil.Process]) -> Iterator[Path]:
-    """Workers run in the directory of their unpacked archive."""
+def _directories(workers: list[psutil.Process]) -> Iterator[Path]:
+    """Workers run in the directory of their unpacked archive; those that have ended run in none."""
     for worker in workers:
-        try:
-            lock = Path(worker.cwd()) / BUSY_LOCK
-        except psutil.Error:
-            continue
-        if lock.exists():
-            yield lock
+        with suppress(psutil.Error):
+            yield Path(worker.cwd())
 
 
 def _is_free(lock: Path) -> bool:
